@@ -1,0 +1,1 @@
+"""Benchmarks: fastft beside PyTorch, on this machine, in one run."""

@@ -1,0 +1,96 @@
+// Tensor -> pointer, size, stream; dtypes -> template arguments. Guards memory safety only: what a user can get wrong is checked in Python, with names
+// and values, before an op is called. Every op writes into tensors that Python allocated, so that a failed allocation is PyTorch's own error.
+#pragma once
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <initializer_list>
+#include <optional>
+#include <string>
+
+#include "kernels.h"
+
+namespace fastft::binding {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <class T> struct DtypeOf;
+template <> struct DtypeOf<float> { static constexpr ScalarType value = ScalarType::Float; };
+template <> struct DtypeOf<double> { static constexpr ScalarType value = ScalarType::Double; };
+template <> struct DtypeOf<bf16> { static constexpr ScalarType value = ScalarType::BFloat16; };
+template <> struct DtypeOf<f16> { static constexpr ScalarType value = ScalarType::Half; };
+template <> struct DtypeOf<int64_t> { static constexpr ScalarType value = ScalarType::Long; };
+template <> struct DtypeOf<int32_t> { static constexpr ScalarType value = ScalarType::Int; };
+template <> struct DtypeOf<uint8_t> { static constexpr ScalarType value = ScalarType::Byte; };
+
+[[noreturn]] inline void refuse(const char* name, const char* why) {
+  throw std::runtime_error(std::string("fastft: tensor '") + name + "' " + why + "; call the op through fastft.functional");
+}
+
+// The pointer of a dense tensor of exactly this dtype and number of elements. An empty tensor's may be null.
+template <class T>
+T* pointer(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape) {
+  using Stored = std::remove_const_t<T>;
+  int64_t numel = 1;
+  for (int64_t size : shape) numel *= size;
+  if (tensor.scalar_type() != DtypeOf<Stored>::value) refuse(name, "has the wrong dtype");
+  if (tensor.numel() != numel) refuse(name, "has the wrong size");
+  if (!tensor.is_contiguous()) refuse(name, "is not contiguous");
+  if constexpr (std::is_const_v<T>)
+    return static_cast<T*>(tensor.const_data_ptr());
+  else
+    return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+template <class T>
+T* pointer(const std::optional<Tensor>& tensor, const char* name, std::initializer_list<int64_t> shape) {
+  return tensor ? pointer<T>(*tensor, name, shape) : nullptr;
+}
+
+// Two types as a value: with_dtypes calls body(Types<T, W>{}) for the dtypes of activations and parameters.
+template <class A, class B>
+struct Types {
+  using T = A;
+  using W = B;
+};
+
+template <bool kCuda, class Body>
+void with_dtypes(ScalarType activation, ScalarType parameter, const Body& body) {
+#define FASTFT_X(suffix, T, W) \
+  if (activation == DtypeOf<T>::value && parameter == DtypeOf<W>::value) return body(Types<T, W>{});
+  if constexpr (kCuda) {
+    FASTFT_CUDA_DTYPES(FASTFT_X)
+  } else {
+    FASTFT_CPU_DTYPES(FASTFT_X)
+  }
+#undef FASTFT_X
+  throw std::runtime_error("fastft: no kernel for these dtypes; call the op through fastft.functional");
+}
+
+// What a CPU kernel runs on: torch's thread pool, and scratch memory that outlives the call in a pool of the process (no page faults, huge pages).
+class HostLease {
+ public:
+  HostLease();
+  ~HostLease();
+  HostLease(const HostLease&) = delete;
+  HostLease& operator=(const HostLease&) = delete;
+  operator const Host&() const { return host_; }
+
+ private:
+  static constexpr int kMaxBlocks = 16;
+  struct Block {
+    void* data;
+    size_t bytes;
+  };
+  static void* acquire(void* lease, size_t bytes);
+  Host host_;
+  Block blocks_[kMaxBlocks];
+  int count_ = 0;
+};
+
+Stream current_stream(const Tensor& on);  // of CUDA
+
+}  // namespace fastft::binding

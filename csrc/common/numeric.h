@@ -1,0 +1,274 @@
+// Elementary functions that are the same on every device, and the conversions of bf16 and f16.
+//
+// Generic over F: float and double on both devices, Vec<float> and Vec<double> (cpu/isa.h) on the CPU. Branch-free; a NaN stays one.
+// fp32 is computed here: range reduction and polynomials whose coefficients are minimax fits (Remez, in 40 digits), rounded to fp32 one after the
+// other and refitted in between. Needs no fused multiply-add, but gains by it. fp64 is the C library's, lane by lane.
+// "u" is the largest error seen in ulp, over all fp32 arguments unless said otherwise; tests/test_numeric.py repeats it on samples.
+#pragma once
+#include <math.h>
+#include <string.h>
+
+#include "kernels.h"
+#if defined(__CUDACC__)
+#include <cuda_fp16.h>
+#define FASTFT_INLINE __host__ __device__ __forceinline__
+#else
+#define FASTFT_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace FASTFT_NAMESPACE {
+
+// What F is made of: its lane, and unsigned integers of the same shape.
+template <class F> struct Number;
+template <> struct Number<float> { using Scalar = float; using Bits = uint32_t; };
+template <> struct Number<double> { using Scalar = double; using Bits = uint64_t; };
+template <class F> using Scalar = typename Number<F>::Scalar;
+template <class F> using Bits = typename Number<F>::Bits;
+template <class F> constexpr bool kIsDouble = sizeof(Scalar<F>) == 8;
+
+template <class To, class From>
+FASTFT_INLINE To bit_cast(const From& x) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
+  To y;
+  memcpy(&y, &x, sizeof y);
+  return y;
+}
+
+template <class F>
+FASTFT_INLINE F splat(Scalar<F> value) { return value - F{}; }  // x - 0: exact for -0 and NaN, a broadcast for the compiler
+template <class Mask, class F>
+FASTFT_INLINE F select(Mask mask, F yes, F no) { return mask ? yes : no; }
+template <class F>
+FASTFT_INLINE F clamp(F x, Scalar<F> low, Scalar<F> high) {
+  x = x < low ? splat<F>(low) : x;
+  return x > high ? splat<F>(high) : x;
+}
+template <class F>
+FASTFT_INLINE F abs(F x) { return bit_cast<F>(bit_cast<Bits<F>>(x) & (~Bits<F>{} >> 1)); }
+
+template <class F, class Op>
+FASTFT_INLINE F by_lane(F x, Op op) {
+  if constexpr (sizeof(F) == sizeof(Scalar<F>)) {
+    return op(x);
+  } else {
+    for (int i = 0; i < int(sizeof(F) / sizeof(Scalar<F>)); ++i) x[i] = op(x[i]);
+    return x;
+  }
+}
+
+// a x^n + b x^(n-1) + ..., Horner
+template <class F>
+FASTFT_INLINE F polynomial(F, Scalar<F> a) { return splat<F>(a); }
+template <class F, class... Rest>
+FASTFT_INLINE F polynomial(F x, Scalar<F> a, Scalar<F> b, Rest... rest) {
+  F y = a * x + b;
+  ((y = y * x + Scalar<F>(rest)), ...);
+  return y;
+}
+
+// ---- exponential
+
+// x 2^n for whole |n| <= 252; halves of n keep the factors in range, so that results underflow gradually.
+template <class F>
+FASTFT_INLINE F times_two_to(F x, F n) {
+  const Bits<F> bits = bit_cast<Bits<F>>(n + 12582912.f);  // 1.5 * 2^23 leaves n in the low bits, those above vanish in the shifts
+  const Bits<F> half = bits >> 1;
+  return x * bit_cast<F>((half << 23) + 0x3f800000u) * bit_cast<F>(((bits - half) << 23) + 0x3f800000u);
+}
+
+// exp(high + low) = 2^n (1 + expm1), |low| well below 1; the argument's fraction of ln 2 is within +-0.35.
+template <class F>
+struct ReducedExp {
+  F n, expm1;
+};
+template <class F>
+FASTFT_INLINE ReducedExp<F> reduced_exp(F high, F low) {
+  const F n = ((high + low) * 1.44269504f + 12582912.f) - 12582912.f;  // to the nearest whole number
+  const F r = ((high - n * 0.693145752f) - n * 1.42860677e-6f) + low;  // ln 2 in two parts: n times the first, of 16 bits, is exact
+  // (exp(r) - 1 - r) / r^2, 2^-28 of exp(r) - 1
+  const F q = polynomial(r, 1.5042386e-4f, 1.3931528e-3f, 8.341709e-3f, 4.1666504e-2f, 0.16666634f, 0.5f);
+  return {n, r + r * r * q};
+}
+
+template <class F>
+FASTFT_INLINE F exp(F x) {
+  if constexpr (kIsDouble<F>) {
+    return by_lane(x, [](double v) { return ::exp(v); });
+  } else {
+    const auto [n, m] = reduced_exp(clamp(x, -104.f, 89.f), F{});  // exp(-104) < 2^-150, exp(89) > 2^128
+    return times_two_to(1.f + m, n);
+  }
+}
+
+template <class F>
+FASTFT_INLINE F expm1(F x) {
+  if constexpr (kIsDouble<F>) {
+    return by_lane(x, [](double v) { return ::expm1(v); });
+  } else {
+    const auto [n, m] = reduced_exp(clamp(x, -18.f, 89.f), F{});  // 1 - exp(-18) rounds to 1
+    const F half = times_two_to(splat<F>(0.5f), n);               // halves, because 2^128 is not a number
+    const F y = (half * m + (half - 0.5f)) * 2.f;
+    return x == 0.f ? x : y;  // keeps -0
+  }
+}
+
+// ---- logarithm
+
+// log(u + c) for u > 0 and c below half an ulp of u; with the limits of log at 0, infinity and below 0.
+template <class F>
+FASTFT_INLINE F log_of_sum(F u, F c) {
+  const auto tiny = u < 1.17549435e-38f;
+  const F scaled = tiny ? u * 8388608.f : u;
+  const Bits<F> bits = bit_cast<Bits<F>>(scaled) - 0x3f3504f3u;  // sqrt(1/2): m is between it and sqrt(2)
+  const Bits<F> exponent = ((bits >> 23) + 0x80u) & 0x1ffu;      // + 128, as the difference may be negative
+  const F k = bit_cast<F>(exponent + 0x4b400000u) - 12583040.f - (tiny ? splat<F>(23.f) : F{});
+  const F m = bit_cast<F>((bits & 0x7fffffu) + 0x3f3504f3u);
+  const F d = c * bit_cast<F>((0xffu - exponent) << 23);  // c / 2^k; only reached with u >= 2^-24, where k is in range
+  const F f = (m - 1.f) + d;
+  const F rest = d - (f - (m - 1.f));
+  // (log(1 + f) - f + f^2 / 2) / f^3, 2^-24.7 of log(1 + f)
+  const F p = polynomial(f, -7.5152874e-2f, 0.12760882f, -0.13177453f, 0.14200537f, -0.16623119f, 0.20001268f, -0.25000829f, 0.3333333f);
+  const F ff = f * f;
+  const F y = k * 0.693145752f + (f + (((ff * f) * p + (k * 1.42860677e-6f + rest)) - 0.5f * ff));
+  const F limit = u == 0.f ? splat<F>(-HUGE_VALF) : (u > 0.f ? u : splat<F>(NAN));
+  return (u > 0.f) & (u < HUGE_VALF) ? y : limit;
+}
+
+template <class F>
+FASTFT_INLINE F log(F x) {
+  if constexpr (kIsDouble<F>)
+    return by_lane(x, [](double v) { return ::log(v); });
+  else
+    return log_of_sum(x, F{});
+}
+
+template <class F>
+FASTFT_INLINE F log1p(F x) {
+  if constexpr (kIsDouble<F>) {
+    return by_lane(x, [](double v) { return ::log1p(v); });
+  } else {
+    const F u = 1.f + x;
+    return log_of_sum(u, x > 1.f ? 1.f - (u - x) : x - (u - 1.f));  // what rounding took from u, exact
+  }
+}
+
+// ---- logistic function, tanh
+
+// 1 / (1 + exp(a)) for a >= 0: the smaller of sigmoid(a) and sigmoid(-a), with full relative accuracy
+template <class F>
+FASTFT_INLINE F sigmoid_tail(F a) {
+  const F e = exp(-a);
+  return e / (1.f + e);
+}
+
+// tanh(x) - x for |x| < 0.55, where 1 - 2 tail would cancel: x^3 times a fit of (tanh(x) / x - 1) / x^2, 2^-29.8 of tanh(x)
+template <class F>
+FASTFT_INLINE F tanh_minus_x(F x) {
+  const F xx = x * x;
+  return x * xx * polynomial(xx, -6.295476e-3f, 2.1088233e-2f, -5.3856842e-2f, 0.13332637f, -0.3333332f);
+}
+
+template <class F>
+FASTFT_INLINE F tanh(F x) {
+  if constexpr (kIsDouble<F>) {
+    return by_lane(x, [](double v) { return ::tanh(v); });
+  } else {
+    const F a = abs(x), y = 1.f - 2.f * sigmoid_tail(2.f * a);
+    return a < 0.55f ? x + tanh_minus_x(x) : (x < 0.f ? -y : y);
+  }
+}
+
+template <class F>
+FASTFT_INLINE F sigmoid(F x) {
+  const F a = abs(x), tail = sigmoid_tail(a), y = x < 0 ? tail : 1 - tail;
+  if constexpr (kIsDouble<F>) {
+    return y;
+  } else {
+    const F half = x * 0.5f;
+    return a < 1.1f ? 0.5f + 0.5f * (half + tanh_minus_x(half)) : y;  // one rounding near 0, where y has three
+  }
+}
+
+// sigmoid'(x) = sigmoid(x) sigmoid(-x)
+template <class F>
+FASTFT_INLINE F sigmoid_slope(F x) {
+  const F tail = sigmoid_tail(abs(x));
+  return tail * (1 - tail);
+}
+
+// ---- standard normal distribution
+
+template <class F>
+struct Normal {
+  F cdf, pdf;
+};
+template <class F>
+FASTFT_INLINE Normal<F> normal(F z) {
+  if constexpr (kIsDouble<F>) {
+    return {by_lane(z, [](double v) { return 0.5 * ::erfc(-0.70710678118654752 * v); }), 0.39894228040143268 * exp(-0.5 * z * z)};
+  } else {
+    const F x = clamp(z, -14.5f, 14.5f);  // beyond, the pdf is below 2^-150
+    const F top = bit_cast<F>(bit_cast<Bits<F>>(x) & 0xfffff000u);  // of 12 bits, so that its square is exact
+    const auto [n, m] = reduced_exp(-0.5f * (top * top), -0.5f * ((x + top) * (x - top)));
+    const F e = times_two_to(1.f + m, n);
+    // Phi(-a) = exp(-a^2 / 2) P(a) / Q(a): a fit of erfcx on 0.875 <= a <= 14.5, 2^-27.6, all terms positive
+    const F a = abs(x);
+    const F p = polynomial(a, 5.8375983e-3f, 5.031094e-2f, 0.20981696f, 0.47083142f, 0.50001013f);
+    const F q = polynomial(a, 1.463265e-2f, 0.12611325f, 0.5405006f, 1.3073277f, 1.7396739f, 1.f);
+    const F tail = e * p / q;
+    // (Phi(z) - 1/2) / z in z^2, 2^-27 of Phi(-|z|) for |z| < 0.875
+    const F center = 0.5f + x * polynomial(x * x, 9.711299e-5f, -1.1736053e-3f, 9.969028e-3f, -6.6489786e-2f, 0.39894226f);
+    return {a < 0.875f ? center : (x < 0.f ? tail : 1.f - tail), 0.39894228f * e};
+  }
+}
+
+// ---- storage types: conversions round to nearest, ties to even, and keep NaN quiet. In integers where the host computes, so that the result is
+// the same in every instruction set (VCVTNEPS2BF16 flushes denormals).
+
+// The type that a stored T is computed in.
+template <class T> struct ComputeOf { using type = T; };
+template <> struct ComputeOf<bf16> { using type = float; };
+template <> struct ComputeOf<f16> { using type = float; };
+template <class T> using Compute = typename ComputeOf<T>::type;
+
+FASTFT_INLINE double to_float(double x) { return x; }
+FASTFT_INLINE float to_float(float x) { return x; }
+FASTFT_INLINE float to_float(bf16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
+FASTFT_INLINE float to_float(f16 x) {
+#if defined(__CUDA_ARCH__)
+  return __half2float(__ushort_as_half(x.bits));
+#else
+  const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16, rest = uint32_t(x.bits & 0x7fffu) << 13;
+  const float scaled = bit_cast<float>(rest) * 0x1p112f;  // the exponents' biases differ by 112; denormals come out right
+  return bit_cast<float>(sign | (rest < 0x0f800000u ? bit_cast<uint32_t>(scaled) : rest | 0x7f800000u));
+#endif
+}
+
+template <class T>
+FASTFT_INLINE T from_float(Compute<T> x) { return x; }
+template <>
+FASTFT_INLINE bf16 from_float<bf16>(float x) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  return bf16{uint16_t(x != x ? (bits >> 16) | 0x40u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
+}
+template <>
+FASTFT_INLINE f16 from_float<f16>(float x) {
+#if defined(__CUDA_ARCH__)
+  return f16{__half_as_ushort(__float2half_rn(x))};
+#else
+  const uint32_t bits = bit_cast<uint32_t>(x), sign = bits >> 31 << 15;
+  const float a = bit_cast<float>(bits & 0x7fffffffu);
+  uint32_t half;
+  if (x != x)
+    half = 0x7e00u;
+  else if (a >= 65520.f)
+    half = 0x7c00u;
+  else if (a < 0x1p-14f)
+    half = bit_cast<uint32_t>(a + 0.5f) - 0x3f000000u;  // the sum rounds at 2^-24, the step of denormals
+  else
+    half = ((bits & 0x7fffffffu) - 0x38000000u + 0xfffu + ((bits >> 13) & 1u)) >> 13;
+  return f16{uint16_t(sign | half)};
+#endif
+}
+
+}  // namespace FASTFT_NAMESPACE

@@ -1,0 +1,255 @@
+// Packing, blocking and loop order of the matrix product; the plan is in gemm.h.
+#include "gemm.h"
+
+namespace FASTFT_NAMESPACE {
+namespace {
+
+constexpr int kDepth = 128;                 // units of depth per block: B's block of a panel is 16 KB (AVX-512), its tile of A 7 KB: both in L1
+constexpr int kDepthStride = kDepth + 16;   // row stride of a copied block of A: 9 cache lines, so that 14 rows fall into 14 different sets
+constexpr int kPanelRows = (kTileRows + 7) / 8 * 8;  // row stride of a transposed block's panels
+constexpr int64_t kPackDepth = 128, kPackPanels = 16; // a task of packing B reads runs of 16 panels' width
+constexpr int64_t kBlockTiles = 8, kBlockCols = 768; // C of a task: at most 8 x 14 x 768 x 4 B = 344 KB of L2
+
+// ---- conversion of stored elements to units
+
+// Units along contiguous elements: unit i is element i, or elements 2i and 2i + 1.
+template <class Tile, class T>
+inline void copy_units(typename Tile::Unit* out, const T* in, int64_t elements) {
+  if constexpr (Tile::kPair == 1) {
+    for_lanes<typename Tile::Acc>(elements, [&](int64_t j, auto load, auto store) { store(out + j, load(in + j)); });
+  } else if constexpr (sizeof(T) == 2) {
+    std::memcpy(out, in, size_t(elements) * 2);
+    if (elements & 1) reinterpret_cast<bf16*>(out)[elements] = bf16{0};
+  } else {
+    bf16* out16 = reinterpret_cast<bf16*>(out);
+    for_lanes<float>(elements, [&](int64_t j, auto load, auto store) { store(out16 + j, load(in + j)); });
+    if (elements & 1) out16[elements] = bf16{0};
+  }
+}
+
+// One unit of depth for `outer` neighbours, from depth-major data: row p, or rows 2p and 2p + 1 interleaved. kWhole: `outer` is a whole number of
+// registers; otherwise the last register is padded with zeros, and stored whole.
+template <class Tile, bool kWhole, class T>
+inline void interleave_units(typename Tile::Unit* out, const T* in, int64_t stride, bool has_next, int outer) {
+  using Acc = typename Tile::Acc;
+  constexpr int L = kLanes<Acc>;
+  const auto units = [&](int j, auto... n) {
+    if constexpr (Tile::kPair == 1) {
+      (void)stride, (void)has_next;
+      store(reinterpret_cast<Acc*>(out) + j, load(in + j, n...));
+    } else {
+      Vec<uint32_t> pair = load_bits(in + j, n...);
+      if (has_next) pair |= load_bits(in + stride + j, n...) << 16;
+      std::memcpy(out + j, &pair, sizeof pair);
+    }
+  };
+  int j = 0;
+  for (; j + L <= outer; j += L) units(j);
+  if constexpr (!kWhole)
+    if (j < outer) units(j, outer - j);
+}
+
+// ---- packing of B: units [from, to) of depth
+
+// Depth-major: a few panels at a time, so that rows are read in long runs.
+template <class Tile, class T>
+void pack_panels(typename Tile::Unit* out, int64_t panel_size, Operand<T> b, int64_t K, int64_t col, int64_t cols, int64_t from, int64_t to) {
+  constexpr int N = kTileCols<Tile>, P = Tile::kPair, L = kLanes<typename Tile::Acc>;
+  for (int64_t p = from; p < to; ++p) {
+    const T* row = b.data + p * P * b.stride + col;
+    const bool has_next = P * p + 1 < K;
+    typename Tile::Unit* o = out + p * N;
+    int64_t j = 0;
+    for (; j + N <= cols; j += N, o += panel_size) interleave_units<Tile, true>(o, row + j, b.stride, has_next, N);
+    if (j < cols) {
+      interleave_units<Tile, false>(o, row + j, b.stride, has_next, int(cols - j));
+      for (int64_t k = ceil_div(cols - j, L) * L; k < N; ++k) o[k] = 0;
+    }
+  }
+}
+
+template <class Tile>
+inline void transpose_square(typename Tile::Unit* out, int64_t out_stride, const typename Tile::Unit* in, int64_t in_stride);
+
+// Depth is contiguous: transposed, L columns by L units of depth at a time, through registers.
+template <class Tile, class T>
+void pack_transposed(typename Tile::Unit* out, Operand<T> b, int64_t K, int64_t col, int cols, int64_t from, int64_t to) {
+  using Unit = typename Tile::Unit;
+  constexpr int N = kTileCols<Tile>, P = Tile::kPair, L = kLanes<Unit>;
+  Unit square[L * L];
+  for (int j0 = 0; j0 < N; j0 += L) {
+    const int live = cols - j0 < 0 ? 0 : cols - j0 < L ? cols - j0 : L;
+    for (int64_t p = from; p < to; p += L) {
+      const int64_t units = to - p < L ? to - p : L;
+      const int64_t left = K - p * P, elements = left < units * P ? left : units * P;
+      if (live < L || elements < L * P) std::memset(square, 0, sizeof square);
+      for (int j = 0; j < live; ++j) copy_units<Tile>(square + j * L, b.data + (col + j0 + j) * b.stride + p * P, elements);
+      if (units == L) {
+        transpose_square<Tile>(out + p * N + j0, N, square, L);
+      } else {
+        for (int64_t q = 0; q < units; ++q)
+          for (int j = 0; j < L; ++j) out[(p + q) * N + j0 + j] = square[j * L + q];
+      }
+    }
+  }
+}
+
+// L x L units: log2(L) rounds of perfect shuffles between the halves of a list of registers.
+template <int L, class V> struct Interleave;
+template <class V> struct Interleave<2, V> {
+  static V low(V a, V b) { return __builtin_shufflevector(a, b, 0, 2); }
+  static V high(V a, V b) { return __builtin_shufflevector(a, b, 1, 3); }
+};
+template <class V> struct Interleave<4, V> {
+  static V low(V a, V b) { return __builtin_shufflevector(a, b, 0, 4, 1, 5); }
+  static V high(V a, V b) { return __builtin_shufflevector(a, b, 2, 6, 3, 7); }
+};
+template <class V> struct Interleave<8, V> {
+  static V low(V a, V b) { return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11); }
+  static V high(V a, V b) { return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15); }
+};
+template <class V> struct Interleave<16, V> {
+  static V low(V a, V b) { return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23); }
+  static V high(V a, V b) { return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31); }
+};
+
+template <class Tile>
+inline void transpose_square(typename Tile::Unit* out, int64_t out_stride, const typename Tile::Unit* in, int64_t in_stride) {
+  using Unit = typename Tile::Unit;
+  constexpr int L = kLanes<Unit>;
+  Vec<Unit> row[L], next[L];
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i) std::memcpy(&row[i], in + i * in_stride, sizeof row[i]);
+#pragma GCC unroll 4
+  for (int round = 1; round < L; round *= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < L / 2; ++i) {
+      next[2 * i] = Interleave<L, Vec<Unit>>::low(row[i], row[i + L / 2]);
+      next[2 * i + 1] = Interleave<L, Vec<Unit>>::high(row[i], row[i + L / 2]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) row[i] = next[i];
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i) std::memcpy(out + i * out_stride, &row[i], sizeof row[i]);
+}
+
+// ---- one task's rows of A, units [from, to) of depth
+
+template <class Tile, class T>
+void copy_rows(typename Tile::Unit* out, Operand<T> a, int64_t K, int64_t row, int64_t rows, int64_t from, int64_t to) {
+  constexpr int P = Tile::kPair;
+  const int64_t elements = (K < to * P ? K : to * P) - from * P;
+  for (int64_t i = 0; i < rows; ++i) copy_units<Tile>(out + i * kDepthStride, a.data + (row + i) * a.stride + from * P, elements);
+}
+
+template <class Tile, class T>
+void copy_panels(typename Tile::Unit* out, Operand<T> a, int64_t M, int64_t K, int64_t row, int64_t rows, int64_t from, int64_t to) {
+  constexpr int P = Tile::kPair;
+  for (int64_t p = from; p < to; ++p) {
+    const T* in = a.data + p * P * a.stride + row;
+    typename Tile::Unit* o = out + (p - from) * kPanelRows;
+    const bool has_next = P * p + 1 < K;
+    // Whole registers read past the tile, into the row's next elements, as long as there are some.
+    for (int64_t i = 0; i < rows; i += kTileRows, o += kDepth * kPanelRows)
+      if (row + i + kPanelRows <= M)
+        interleave_units<Tile, true>(o, in + i, a.stride, has_next, kPanelRows);
+      else
+        interleave_units<Tile, false>(o, in + i, a.stride, has_next, int(rows - i < kTileRows ? rows - i : kTileRows));
+  }
+}
+
+}  // namespace
+
+Partition partition(int64_t M, int64_t N, int tile_rows, int tile_cols, int threads) {
+  Partition best{ceil_div(M, tile_rows), ceil_div(N, tile_cols), 1, 1};
+  // Time of the busiest thread in tiles, tasks going in order to whoever is free; copying a tile of A costs about a third of a panel's work (2 of 64
+  // elements against kTileCols), loading a panel of B about a sixth of a tile's.
+  double best_time = 1e300;
+  const int64_t max_tiles = best.tiles < kBlockTiles ? best.tiles : kBlockTiles;
+  const int64_t panels_of_block = kBlockCols / tile_cols, max_panels = best.panels < panels_of_block ? best.panels : panels_of_block;
+  for (int64_t row_blocks = ceil_div(best.tiles, max_tiles), end = 4 * row_blocks; row_blocks <= end && row_blocks <= best.tiles; ++row_blocks)
+    for (int64_t col_blocks = ceil_div(best.panels, max_panels); col_blocks <= best.panels; ++col_blocks) {
+      const int64_t block_tiles = ceil_div(best.tiles, row_blocks), block_panels = ceil_div(best.panels, col_blocks);
+      const int64_t tasks = ceil_div(best.tiles, block_tiles) * ceil_div(best.panels, block_panels);
+      const double task_time = double(block_tiles) * double(block_panels) + 0.3 * double(block_tiles) + 0.15 * double(block_panels);
+      const double time = task_time * double(ceil_div(tasks, threads));
+      if (time < best_time * 0.999) {
+        best_time = time;
+        best.block_tiles = block_tiles;
+        best.block_panels = block_panels;
+      }
+      if (col_blocks >= 16 * threads) break;
+    }
+  return best;
+}
+
+template <class T, class TA, class TB>
+void gemm(int64_t M, int64_t N, int64_t K, Operand<TA> a, Operand<TB> b, Epilogue<typename TileFor<T>::type::Acc> epilogue, const Host& host) {
+  using Tile = typename TileFor<T>::type;
+  using Unit = typename Tile::Unit;
+  using Acc = typename Tile::Acc;
+  constexpr int kCols = kTileCols<Tile>;
+  if (M == 0 || N == 0) return;
+  const Partition part = partition(M, N, kTileRows, kCols, host.threads);
+  const int64_t depth = ceil_div(K, Tile::kPair);
+  const int64_t tile_units = a.depth_major ? kDepth * kPanelRows : int64_t(kDepthStride) * kTileRows;
+
+  Unit* const packed = scratch<Unit>(host, part.panels * depth * kCols);
+  const int64_t panel_size = depth * kCols;
+  const int64_t chunk = b.depth_major ? kPackDepth : kPackDepth * 8, group = b.depth_major ? kPackPanels : 1;  // of one task
+  const int64_t chunks = ceil_div(depth, chunk), groups = ceil_div(part.panels, group);
+  parallel_for(host, chunks * groups, [&](int64_t task, int) {
+    const int64_t panel = task / chunks * group, from = task % chunks * chunk, to = from + chunk < depth ? from + chunk : depth;
+    const int64_t col = panel * kCols, cols = N - col < group * kCols ? N - col : group * kCols;
+    if (b.depth_major)
+      pack_panels<Tile>(packed + panel * panel_size, panel_size, b, K, col, cols, from, to);
+    else
+      pack_transposed<Tile>(packed + panel * panel_size, b, K, col, int(cols), from, to);
+  });
+
+  const int64_t c_size = part.block_tiles * part.block_panels * kTileRows * kCols, a_size = part.block_tiles * tile_units + 64;
+  Acc* const c_all = scratch<Acc>(host, host.threads * c_size);
+  Unit* const a_all = scratch<Unit>(host, host.threads * a_size);
+  parallel_for(host, part.row_blocks() * part.col_blocks(), [&](int64_t task, int worker) {
+    Acc* const c = c_all + worker * c_size;
+    Unit* const rows_of_a = a_all + worker * a_size;
+    const int64_t tile0 = task / part.col_blocks() * part.block_tiles, panel0 = task % part.col_blocks() * part.block_panels;
+    const int64_t tiles = part.tiles - tile0 < part.block_tiles ? part.tiles - tile0 : part.block_tiles;
+    const int64_t panels = part.panels - panel0 < part.block_panels ? part.panels - panel0 : part.block_panels;
+    const int64_t row0 = tile0 * kTileRows, rows = M - row0 < tiles * kTileRows ? M - row0 : tiles * kTileRows;
+    int64_t from = 0;
+    do {
+      const int64_t to = from + kDepth < depth ? from + kDepth : depth;
+      if (a.depth_major)
+        copy_panels<Tile>(rows_of_a, a, M, K, row0, rows, from, to);
+      else
+        copy_rows<Tile>(rows_of_a, a, K, row0, rows, from, to);
+      for (int64_t panel = 0; panel < panels; ++panel) {
+        const Unit* const b_block = packed + (panel0 + panel) * panel_size + from * kCols;
+        const int64_t col = (panel0 + panel) * kCols;
+        const int cols = int(N - col < kCols ? N - col : kCols);
+        for (int64_t t = 0; t < tiles; ++t) {
+          Acc* const c_tile = c + (panel * tiles + t) * (kTileRows * kCols);
+          const int live = int(rows - t * kTileRows < kTileRows ? rows - t * kTileRows : kTileRows);
+          if (a.depth_major)
+            tile_of_rows<Tile, 1, kPanelRows>(live, c_tile, rows_of_a + t * tile_units, b_block, to - from, from > 0);
+          else
+            tile_of_rows<Tile, kDepthStride, 1>(live, c_tile, rows_of_a + t * tile_units, b_block, to - from, from > 0);
+          if (to == depth) epilogue.run(epilogue.context, c_tile, row0 + t * kTileRows, col, live, cols);
+        }
+      }
+      from = to;
+    } while (from < depth);
+  });
+}
+
+// Forward and data gradient multiply activations by parameters, the weight gradient activations by activations.
+#define FASTFT_GEMM(T, TA, TB) \
+  template void gemm<T, TA, TB>(int64_t, int64_t, int64_t, Operand<TA>, Operand<TB>, Epilogue<typename TileFor<T>::type::Acc>, const Host&);
+FASTFT_GEMM(float, float, float)
+FASTFT_GEMM(bf16, bf16, bf16)
+FASTFT_GEMM(bf16, bf16, float)
+FASTFT_GEMM(double, double, double)
+
+}  // namespace FASTFT_NAMESPACE

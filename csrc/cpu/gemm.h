@@ -1,0 +1,50 @@
+// C = A B, blocked and packed, with an epilogue on each finished tile while it is in L1.
+//
+//   C (M, N)   A (M, K)   B (K, N);   Floor: 2 M N K FLOPs at the FMA peak.
+// B is packed once, by all threads, into panels [N / kTileCols][K][kTileCols], which every task then streams from L3 or memory (each panel is read once
+// per kBlockRows rows of C: under 2 GB/s per core). A task is a block of C; for each block of depth it copies its rows of A into L2
+// (rows with a padded leading dimension, since rows 4096 bytes apart share one L1 set; or panels, where A is transposed), then runs
+// panel by panel, B's block of a panel staying in L1. C stays in L2 as a list of tiles, in the accumulator's type, and never has edges: edges are the epilogue's.
+// Depth is summed in blocks of kDepth, then block by block in order, whatever the partition: same bits for every number of threads, and an error
+// below a plain sequential sum's (3.5x PyTorch's over K = 3072).
+#pragma once
+#include "gemm_tiles.h"
+
+namespace FASTFT_NAMESPACE {
+
+// A matrix operand as it lies in memory. The rows of A and the columns of B are its "outer" dimension, K is its depth.
+template <class T>
+struct Operand {
+  const T* data;
+  int64_t stride;    // elements between neighbours in the dimension that is not contiguous
+  bool depth_major;  // false: depth is contiguous (x, and w in the forward); true: the outer dimension is
+};
+
+// What happens to a finished tile: rows x cols elements of C from (row, col) on, tile[i * kTileCols + j].
+template <class Acc>
+struct Epilogue {
+  void (*run)(const void* context, const Acc* tile, int64_t row, int64_t col, int rows, int cols);
+  const void* context;
+};
+
+// The tile that multiplies activations of dtype T (with parameters of either dtype, which are converted when packed).
+template <class T> struct TileFor { using type = TileF32; };
+template <> struct TileFor<double> { using type = TileF64; };
+#if defined(FASTFT_ISA_AVX512_BF16)
+template <> struct TileFor<bf16> { using type = TileBf16Dot; };
+#endif
+
+// T: the dtype of activations, which selects the tile; TA, TB: the operands' own.
+template <class T, class TA, class TB>
+void gemm(int64_t M, int64_t N, int64_t K, Operand<TA> a, Operand<TB> b, Epilogue<typename TileFor<T>::type::Acc> epilogue, const Host& host);
+
+// How C is cut into tasks: a grid of blocks of whole tiles.
+struct Partition {
+  int64_t tiles, panels;              // of C: ceil(M / kTileRows), ceil(N / kTileCols)
+  int64_t block_tiles, block_panels;  // of one task, at most
+  int64_t row_blocks() const { return ceil_div(tiles, block_tiles); }
+  int64_t col_blocks() const { return ceil_div(panels, block_panels); }
+};
+Partition partition(int64_t M, int64_t N, int tile_rows, int tile_cols, int threads);
+
+}  // namespace FASTFT_NAMESPACE

@@ -1,0 +1,183 @@
+// Vec<T>: one register of the instruction set that this file is compiled for, on GCC's vector extension, so that +, *, <, ?: and
+// fused multiply-add are the compiler's. All intrinsics of fastft are here and in gemm_tiles.h.
+//
+// Everything lives in FASTFT_NAMESPACE (fastft::cpu::<instruction set>): the linker merges equal inline functions, and a function that was
+// compiled for AVX-512 must never be merged into another set's path. For the same reason: no std containers, algorithms or static initialisers here.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+#include "kernels.h"
+#include "numeric.h"
+
+namespace FASTFT_NAMESPACE {
+
+#if defined(FASTFT_ISA_AVX512) || defined(FASTFT_ISA_AVX512_BF16)
+constexpr int kVectorBytes = 64, kVectorRegisters = 32;
+#elif defined(FASTFT_ISA_AVX2)
+constexpr int kVectorBytes = 32, kVectorRegisters = 16;
+#else
+constexpr int kVectorBytes = 16, kVectorRegisters = 16;
+#endif
+
+template <class T, int kBytes = kVectorBytes>
+struct VecOf {
+  typedef T type __attribute__((vector_size(kBytes)));
+};
+template <class T>
+using Vec = typename VecOf<T>::type;
+template <class T>
+constexpr int kLanes = kVectorBytes / int(sizeof(T));
+
+template <> struct Number<Vec<float>> { using Scalar = float; using Bits = Vec<uint32_t>; };
+template <> struct Number<Vec<double>> { using Scalar = double; using Bits = Vec<uint64_t>; };
+
+template <class T>
+inline Vec<T> broadcast(T value) {
+  return value - Vec<T>{};  // x - 0: the compiler's broadcast, exact for -0 and NaN
+}
+
+// ---- bf16 <-> f32, the scalar conversions are in common/numeric.h
+
+// Rounds each lane to bf16, left in the upper half of the lane.
+inline Vec<uint32_t> round_bf16(Vec<float> x) {
+  const Vec<uint32_t> bits = (Vec<uint32_t>)x;
+  return x != x ? (bits | 0x400000u) : bits + 0x7fffu + ((bits >> 16) & 1u);
+}
+
+using HalfBits = typename VecOf<uint16_t, kVectorBytes / 2>::type;  // as many uint16_t as Vec<float> has lanes
+
+// ---- unaligned loads and stores of a whole register
+inline Vec<float> load(const float* p) {
+  Vec<float> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+inline Vec<double> load(const double* p) {
+  Vec<double> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+inline Vec<uint32_t> load_bits(const bf16* p) {  // of bf16, in the lower half of each lane
+  HalfBits h;
+  std::memcpy(&h, p, sizeof h);
+  return __builtin_convertvector(h, Vec<uint32_t>);
+}
+inline Vec<uint32_t> load_bits(const float* p) { return round_bf16(load(p)) >> 16; }
+inline Vec<float> load(const bf16* p) { return (Vec<float>)(load_bits(p) << 16); }
+inline void store(float* p, Vec<float> v) { std::memcpy(p, &v, sizeof v); }
+inline void store(double* p, Vec<double> v) { std::memcpy(p, &v, sizeof v); }
+inline void store(bf16* p, Vec<float> v) {
+  const HalfBits h = __builtin_convertvector(round_bf16(v) >> 16, HalfBits);
+  std::memcpy(p, &h, sizeof h);
+}
+
+// ---- the first n lanes, 0 < n < lanes; missing lanes read as zero
+#if defined(FASTFT_ISA_AVX512) || defined(FASTFT_ISA_AVX512_BF16)
+inline Vec<float> load(const float* p, int n) { return _mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p); }
+inline Vec<double> load(const double* p, int n) { return _mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), p); }
+inline HalfBits load_half_bits(const bf16* p, int n) { return (HalfBits)_mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p); }
+inline void store(float* p, Vec<float> v, int n) { _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), v); }
+inline void store(double* p, Vec<double> v, int n) { _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), v); }
+inline void store_half_bits(bf16* p, HalfBits v, int n) { _mm256_mask_storeu_epi16(p, __mmask16((1u << n) - 1), (__m256i)v); }
+#else
+template <class V, class T>
+inline V load_some(const T* p, int n) {
+  T buffer[sizeof(V) / sizeof(T)] = {};
+  for (int i = 0; i < n; ++i) buffer[i] = p[i];
+  V v;
+  std::memcpy(&v, buffer, sizeof v);
+  return v;
+}
+template <class T, class V>
+inline void store_some(T* p, V v, int n) {
+  T buffer[sizeof(V) / sizeof(T)];
+  std::memcpy(buffer, &v, sizeof v);
+  for (int i = 0; i < n; ++i) p[i] = buffer[i];
+}
+inline Vec<float> load(const float* p, int n) { return load_some<Vec<float>>(p, n); }
+inline Vec<double> load(const double* p, int n) { return load_some<Vec<double>>(p, n); }
+inline HalfBits load_half_bits(const bf16* p, int n) { return load_some<HalfBits>(p, n); }
+inline void store(float* p, Vec<float> v, int n) { store_some(p, v, n); }
+inline void store(double* p, Vec<double> v, int n) { store_some(p, v, n); }
+inline void store_half_bits(bf16* p, HalfBits v, int n) { store_some(p, v, n); }
+#endif
+inline Vec<uint32_t> load_bits(const bf16* p, int n) { return __builtin_convertvector(load_half_bits(p, n), Vec<uint32_t>); }
+inline Vec<uint32_t> load_bits(const float* p, int n) { return round_bf16(load(p, n)) >> 16; }
+inline Vec<float> load(const bf16* p, int n) { return (Vec<float>)(load_bits(p, n) << 16); }
+inline void store(bf16* p, Vec<float> v, int n) { store_half_bits(p, __builtin_convertvector(round_bf16(v) >> 16, HalfBits), n); }
+
+// Calls body(j, load/store pair) over n elements: whole registers, then one partial register.
+//   for_lanes<T>(n, [&](int64_t j, auto load, auto store) { store(y + j, f(load(x + j))); });
+template <class F, class Body>
+inline __attribute__((always_inline)) void for_lanes(int64_t n, const Body& body) {
+  constexpr int L = kLanes<F>;
+  int64_t j = 0;
+  for (; j + L <= n; j += L)
+    body(j, [](const auto* p) { return load(p); }, [](auto* p, Vec<F> v) { store(p, v); });
+  if (const int rest = int(n - j))
+    body(j, [rest](const auto* p) { return load(p, rest); }, [rest](auto* p, Vec<F> v) { store(p, v, rest); });
+}
+
+template <class F>
+inline F sum_lanes(const typename VecOf<F>::type& v) {
+  F s = v[0];
+  for (int i = 1; i < kLanes<F>; ++i) s += v[i];
+  return s;
+}
+template <class F>
+inline F max_lanes(const typename VecOf<F>::type& v) {
+  F m = v[0];
+  for (int i = 1; i < kLanes<F>; ++i) m = v[i] > m ? v[i] : m;
+  return m;
+}
+
+// ---- threads. Tasks are handed out one by one, since cores differ in speed; results may depend on the task, never on the worker.
+// body(task, worker) with worker < host.threads, for scratch memory per worker.
+template <class Body>
+inline void parallel_for(const Host& host, int64_t tasks, const Body& body) {
+  if (tasks <= 0) return;
+  if (tasks == 1 || host.threads == 1) {
+    for (int64_t task = 0; task < tasks; ++task) body(task, 0);
+    return;
+  }
+  struct Shared {
+    const Body& body;
+    int64_t tasks, next;
+  } shared{body, tasks, 0};
+  const int64_t workers = host.threads < tasks ? host.threads : tasks;
+  host.parallel_for(
+      workers,
+      [](void* context, int64_t begin, int64_t end) {
+        Shared& s = *static_cast<Shared*>(context);
+        for (int64_t worker = begin; worker < end; ++worker)
+          for (int64_t task; (task = __atomic_fetch_add(&s.next, 1, __ATOMIC_RELAXED)) < s.tasks;) s.body(task, int(worker));
+      },
+      &shared);
+}
+
+template <class T>
+inline T* scratch(const Host& host, int64_t elements) {
+  return static_cast<T*>(host.scratch(host.scratch_owner, size_t(elements) * sizeof(T)));
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Declarations of every kernel in this instruction set's namespace, and the line that instantiates one at the end of its file.
+#define FASTFT_X(name, Args) \
+  template <class T, class W> void name(const Args<T, W>&, const Host&);
+FASTFT_KERNELS(FASTFT_X)
+#undef FASTFT_X
+double peak_f32(double seconds, const Host&);
+double peak_bf16(double seconds, const Host&);
+
+#define FASTFT_INSTANTIATE(name, Args)                             \
+  template void name<float, float>(const Args<float, float>&, const Host&);    \
+  template void name<bf16, bf16>(const Args<bf16, bf16>&, const Host&);        \
+  template void name<bf16, float>(const Args<bf16, float>&, const Host&);      \
+  template void name<double, double>(const Args<double, double>&, const Host&);
+
+}  // namespace FASTFT_NAMESPACE

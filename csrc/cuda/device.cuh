@@ -1,0 +1,89 @@
+// What every CUDA kernel uses: launch(), grid sizes, reductions over a warp and a block. Compiled by nvcc, and by g++ against tests/simt.
+#pragma once
+#include <cuda_runtime.h>
+#include <cxxabi.h>
+
+#include <cstdint>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+#include "numeric.h"  // to_float, from_float, Compute<T>
+
+namespace fastft::cuda {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+__host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// ---- starting a kernel
+
+// Kernels are numbered along x only, which reaches 2^31 - 1 blocks; y and z end at 65535.
+inline dim3 grid_of(int64_t blocks) {
+  if (blocks >= int64_t(1) << 31) throw std::runtime_error("fastft: " + std::to_string(blocks) + " blocks are more than a CUDA grid holds");
+  return dim3(unsigned(blocks));
+}
+
+inline std::string kernel_name(const void* kernel) {
+  const char* mangled = nullptr;
+  if (cudaFuncGetName(&mangled, kernel) != cudaSuccess || !mangled) return "kernel";
+  char* const readable = abi::__cxa_demangle(mangled, nullptr, nullptr, nullptr);
+  const std::string name = readable ? readable : mangled;
+  std::free(readable);
+  return name;
+}
+
+template <class T>
+struct AsGiven {
+  using type = T;
+};
+
+// Starts kernel(args...) on the stream, `shared` bytes of dynamic shared memory; an empty grid is no work. g++ cannot parse <<<>>>.
+template <class... P>
+void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, Stream stream, typename AsGiven<P>::type... args) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  void* pointers[] = {&args...};
+  const cudaError_t error = cudaLaunchKernel(kernel, grid, block, pointers, shared, static_cast<cudaStream_t>(stream));
+  if (error != cudaSuccess)
+    throw std::runtime_error("fastft: " + kernel_name(reinterpret_cast<const void*>(kernel)) + ": CUDA error: " + cudaGetErrorString(error));
+}
+
+// ---- reductions; op is commutative, every thread gets the same bits, in an order that depends on nothing but the block's size
+
+struct Sum {
+  template <class F>
+  __device__ F operator()(F a, F b) const {
+    return a + b;
+  }
+};
+
+struct Max {  // NaN if either is: fmax would drop it
+  template <class F>
+  __device__ F operator()(F a, F b) const {
+    return a > b || a != a ? a : b;
+  }
+};
+
+template <class F, class Op>
+__device__ F warp_reduce(F value, Op op) {
+  for (int bits = kWarp / 2; bits; bits /= 2) value = op(value, __shfl_xor_sync(kAllLanes, value, bits));
+  return value;
+}
+
+// For one-dimensional blocks of exactly kThreads.
+template <int kThreads, class F, class Op>
+__device__ F block_reduce(F value, Op op) {
+  static_assert(kThreads % kWarp == 0 && kThreads <= 1024, "whole warps");
+  __shared__ F partial[kThreads / kWarp];
+  value = warp_reduce(value, op);
+  __syncthreads();  // an earlier call's values have been read
+  if (threadIdx.x % kWarp == 0) partial[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  value = partial[0];
+  for (int warp = 1; warp < kThreads / kWarp; ++warp) value = op(value, partial[warp]);
+  return value;
+}
+
+}  // namespace fastft::cuda

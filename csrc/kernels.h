@@ -1,0 +1,96 @@
+// Table of contents: every kernel of fastft, for the CPU and for CUDA. Includes neither torch nor CUDA.
+//
+// A kernel is a template over T, the dtype of activations, and W, the dtype of parameters, and takes one struct: outputs, saved statistics, inputs,
+// sizes, scalars. A null pointer means "not wanted" or "not given". Sizes are elements; all tensors are dense and row-major.
+// To add an op: its structs below and one line for each direction in FASTFT_KERNELS.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace fastft {
+
+struct bf16 { uint16_t bits; };  // storage only; conversions are in common/numeric.h
+struct f16 { uint16_t bits; };   // CUDA only
+
+// What a CPU kernel may ask of its host: threads and scratch memory. The host frees the scratch when the kernel has returned.
+struct Host {
+  int threads;  // workers of one parallel_for
+  void (*parallel_for)(int64_t tasks, void (*body)(void* context, int64_t begin, int64_t end), void* context);
+  void* scratch_owner;
+  void* (*scratch)(void* owner, size_t bytes);  // 64-byte aligned, uninitialised, never null: out of memory is the host's exception
+};
+
+using Stream = void*;  // cudaStream_t
+
+// y = act(x w^T + b); z = x w^T + b is kept for the backward where the activation needs it.
+template <class T, class W>
+struct LinearActForward {
+  T* y;        // (M, N)
+  T* z;        // (M, N) or null
+  const T* x;  // (M, K)
+  const W* w;  // (N, K)
+  const W* b;  // (N) or null
+  int64_t M, N, K;
+  int activation;  // index in common/activation.h
+};
+
+// dz = dy act'(z), dx = dz w, dw = dz^T x, db = column sums of dz; each of the three outputs may be null.
+template <class T, class W>
+struct LinearActBackward {
+  T* dx;        // (M, K) or null
+  W* dw;        // (N, K) or null
+  W* db;        // (N) or null
+  const T* dy;  // (M, N)
+  const T* z;   // (M, N), null for identity
+  const T* x;   // (M, K), may be null without dw
+  const W* w;   // (N, K), may be null without dx
+  int64_t M, N, K;
+  int activation;
+};
+
+// Name of the kernel, name of its arguments. Every line becomes, for each instruction set, an entry of the dispatch table of cpu/isa.cpp
+// (with the pairs of dtypes of FASTFT_CPU_DTYPES), and a function of fastft::cuda.
+#define FASTFT_KERNELS(X)                    \
+  X(linear_act_forward, LinearActForward)    \
+  X(linear_act_backward, LinearActBackward)
+
+// Suffix, T, W.
+#define FASTFT_CPU_DTYPES(X) X(f32, float, float) X(bf16, bf16, bf16) X(bf16_f32, bf16, float) X(f64, double, double)
+#define FASTFT_CUDA_DTYPES(X) FASTFT_CPU_DTYPES(X) X(f16, f16, f16) X(f16_f32, f16, float)
+
+namespace cpu {
+
+// One kernel in all its dtypes; the call selects by the dtypes of its arguments.
+template <template <class, class> class Args>
+struct ByDtype {
+#define FASTFT_X(suffix, T, W) void (*run_##suffix)(const Args<T, W>&, const Host&);
+  FASTFT_CPU_DTYPES(FASTFT_X)
+#undef FASTFT_X
+#define FASTFT_X(suffix, T, W) \
+  void operator()(const Args<T, W>& args, const Host& host) const { run_##suffix(args, host); }
+  FASTFT_CPU_DTYPES(FASTFT_X)
+#undef FASTFT_X
+};
+
+struct Kernels {
+#define FASTFT_X(name, Args) ByDtype<Args> name;
+  FASTFT_KERNELS(FASTFT_X)
+#undef FASTFT_X
+  double (*peak_f32)(double seconds, const Host&);   // FLOP/s of the FMA units, all threads; cpu/peak.cpp
+  double (*peak_bf16)(double seconds, const Host&);  // FLOP/s of VDPBF16PS, 0 where the instruction set has none
+};
+
+const Kernels& kernels();             // of the instruction set in use
+const char* isa();                    // its name: baseline, avx2, avx512 or avx512_bf16
+const char* isas();                   // those that this CPU has and FASTFT_ISA allows, ascending, comma separated
+bool set_isa(const char* name);       // false: not one of isas()
+
+}  // namespace cpu
+
+namespace cuda {
+#define FASTFT_X(name, Args) \
+  template <class T, class W> void name(const Args<T, W>&, Stream);
+FASTFT_KERNELS(FASTFT_X)
+#undef FASTFT_X
+}  // namespace cuda
+}  // namespace fastft

@@ -1,0 +1,102 @@
+"""Loads libfastft.so, or says in one sentence why not; asks it what it holds and switches its instruction set."""
+
+import json
+import os
+import warnings
+from pathlib import Path
+
+ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")  # ascending; the C++ half of this list is csrc/cpu/isa.cpp
+PATH = Path(__file__).with_name("libfastft.so")
+BUILD_INFO = Path(__file__).with_name("_build.json")  # written by setup.py
+
+_tried = False
+_why_not = None
+
+
+def load():
+    """Loads the native library if there is one; does nothing when called again.
+
+    A library that is there but cannot be loaded is warned about once.
+
+    Raises: ValueError: ``FASTFT_ISA is 'sse9', must be one of baseline, avx2, avx512, avx512_bf16``
+    """
+    global _tried, _why_not
+    if _tried:
+        return
+    limit = os.environ.get("FASTFT_ISA")
+    if limit and limit not in ISAS:
+        raise ValueError(f"FASTFT_ISA is {limit!r}, must be one of {', '.join(ISAS)}")
+    if PATH.is_file():
+        import torch
+
+        try:
+            torch.ops.load_library(PATH)
+            _register_fakes()
+        except OSError as error:
+            _why_not = f"fastft's native library cannot be loaded into torch {torch.__version__}: {error}"
+            warnings.warn(f"{_why_not}; PyTorch's own kernels run instead", RuntimeWarning, stacklevel=2)
+    else:
+        never_built = "this checkout was never built, `python setup.py develop_native` does it"
+        _why_not = f"fastft has no native library: {build_info().get('why_not') or never_built}"
+    _tried = True
+
+
+def _register_fakes():
+    """Fake kernels for the ops that only write into their arguments: nothing to compute. Before any op's first call."""
+    import torch
+
+    for name in torch._C._dispatch_get_all_op_names():
+        if name.startswith("fastft::"):
+            schema = torch._C._get_schema(name, "")
+            if schema.is_mutable and not schema.returns:
+                torch.library.register_fake(name, lambda *args: None)
+
+
+def build_info():
+    """What setup.py wrote about this installation; an empty dict in a checkout that was never built."""
+    return json.loads(BUILD_INFO.read_text()) if BUILD_INFO.is_file() else {}
+
+
+def why_not():
+    """None if the native library is loaded, else one sentence that says why PyTorch's own kernels run instead."""
+    load()
+    return _why_not
+
+
+def available():
+    """Whether torch.ops.fastft holds our kernels."""
+    return why_not() is None
+
+
+def isa():
+    """The instruction set whose CPU kernels run, one of :data:`ISAS`. RuntimeError without a native library."""
+    return _ops().isa()
+
+
+def isas():
+    """The instruction sets that this CPU has, the library holds and FASTFT_ISA allows, ascending; [] without one."""
+    return _ops().isas().split(",") if available() else []
+
+
+def set_isa(name):
+    """Switches the CPU kernels to another of :func:`isas`; for tests, while no kernel runs.
+
+    Raises: ValueError: ``set_isa: 'avx512' is not one of baseline, avx2``
+    """
+    ops = _ops()
+    if name not in isas():
+        raise ValueError(f"set_isa: {name!r} is not one of {', '.join(isas())}")
+    ops.set_isa(name)
+
+
+def has_cuda():
+    """Whether the library holds CUDA kernels; whether there is a GPU is torch.cuda's to say."""
+    return available() and _ops().has_cuda()
+
+
+def _ops():
+    if not available():
+        raise RuntimeError(why_not())
+    import torch
+
+    return torch.ops.fastft

@@ -1,0 +1,49 @@
+"""``fastft env``: what runs here, and why not what does not."""
+
+import typer
+
+
+def env(as_json: bool = typer.Option(False, "--json", help="One JSON object instead of a table.")):
+    """Print versions, CPU, threads, instruction sets, CUDA, and whether the native kernels are loaded.
+
+    Example: fastft env --json
+    """
+    import json
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from fastft.environment import describe
+
+    facts = describe()
+    if as_json:
+        typer.echo(json.dumps(facts, indent=1))
+        return
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, value in rows(facts):
+        table.add_row(name, value)
+    Console().print(table)
+
+
+def rows(facts):
+    """The table's rows: what is known in one line each, what is missing with its reason."""
+    yield "fastft", f"{facts['fastft']}, backend {facts['backend']}"
+    yield "Python", facts["python"]
+    for name in ("torch", "transformers", "accelerate", "numpy"):
+        yield name, facts[name]
+    yield "CPU", f"{facts['cpu']}, {facts['system']}"
+    yield "threads", f"{facts['threads']} of {facts['cpus']} CPUs"
+    if facts["native"]:
+        yield "native kernels", f"loaded, built by {facts['compiler']}"
+        yield "instruction set", facts["isa"]
+        yield "can run", ", ".join(facts["isas"])
+        yield "holds", ", ".join(facts["isas_held"])
+    else:
+        yield "native kernels", f"none, PyTorch's run instead: {facts['native_why_not']}"
+    if facts["cuda"]:
+        yield "CUDA kernels", f"{', '.join(facts['cuda_archs'])}, built by {facts['nvcc']}"
+    elif facts["native"]:
+        yield "CUDA kernels", f"none: {facts['cuda_why_not']}"
+    else:
+        yield "CUDA kernels", "none, without native kernels"
+    yield "GPUs", ", ".join(facts["gpus"]) or "none that this torch can use"

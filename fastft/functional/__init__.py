@@ -1,0 +1,6 @@
+"""Functions over fastft's kernels, with the semantics of torch.nn.functional."""
+
+from fastft.activations import NAMES as ACTIVATIONS
+from fastft.functional.linear_act import linear_act
+
+__all__ = ["ACTIVATIONS", "linear_act"]

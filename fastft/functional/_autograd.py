@@ -1,0 +1,49 @@
+"""What the ops' autograd functions share: autocast, and second derivatives through PyTorch's composition."""
+
+import torch
+
+
+def needs_grad(*tensors):
+    """Whether autograd has to record an op of these tensors (None among them is skipped)."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def autocast_dtype(tensor):
+    """The dtype that autocast gives to ``tensor`` in a matrix product, None where it leaves it alone."""
+    device = tensor.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device) or tensor.dtype == torch.float64:
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+class Backward(torch.autograd.Function):
+    """The backward of an op as a node of its own, so that ``create_graph=True`` gives the kernel's first derivatives
+    and PyTorch's second ones.
+
+    ``apply(kernel, reference, grad_output, *tensors)``: ``kernel(grad_output, *tensors)`` returns the gradients of
+    ``tensors`` (None where not wanted), ``reference(*tensors)`` is the op in PyTorch's differentiable functions.
+    """
+
+    @staticmethod
+    def forward(ctx, kernel, reference, grad_output, *tensors):
+        ctx.reference = reference
+        ctx.save_for_backward(grad_output, *tensors)
+        return kernel(grad_output, *tensors)
+
+    @staticmethod
+    def backward(ctx, *grad_grads):
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            # Aliases, so that an input that was computed from another one is not differentiated through.
+            grad_output, *tensors = (None if t is None else t.view_as(t) for t in ctx.saved_tensors)
+            output = ctx.reference(*tensors)
+            wanted = [i for i, t in enumerate(tensors) if t is not None and t.requires_grad and grad_grads[i] is not None]
+            first = torch.autograd.grad(output, [tensors[i] for i in wanted], grad_output, create_graph=True, allow_unused=True)
+            pairs = [(g, grad_grads[i]) for g, i in zip(first, wanted, strict=True) if g is not None and g.requires_grad]
+            sources = [t for t in (grad_output, *tensors) if t is not None and t.requires_grad]
+            second = iter([None] * len(sources))
+            if pairs:
+                outputs, grads = zip(*pairs, strict=True)
+                second = iter(torch.autograd.grad(outputs, sources, grads, create_graph=create_graph, allow_unused=True))
+        of = [next(second) if t is not None and t.requires_grad else None for t in (grad_output, *tensors)]
+        return None, None, *of

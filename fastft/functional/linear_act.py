@@ -1,0 +1,130 @@
+"""Fused linear layer and activation; the kernels are csrc/*/linear_act.*."""
+
+import functools
+
+import torch
+
+from fastft import activations
+from fastft.functional import _autograd, _choice
+
+
+def linear_act(input, weight, bias=None, activation="gelu"):
+    """Linear layer and activation in one pass over memory: ``act(input @ weight.T + bias)``.
+
+    Under autocast, ``input`` is converted to autocast's dtype as torch.nn.functional.linear does, while float32 parameters
+    are converted inside the kernel and get float32 gradients.
+
+    Args:
+        input: ``(*, K)``, float32, bfloat16 or float64 (float16 on CUDA); any strides, empty allowed.
+        weight: ``(N, K)``, same dtype.
+        bias: ``(N,)``, same dtype, or None.
+        activation: a name in :data:`ACTIVATIONS` or an alias of transformers; ``"gelu"`` is erf
+            (Hendrycks & Gimpel 2016, arXiv:1606.08415).
+    Returns: ``(*, N)``, dtype of ``input``; accumulated in float32 (float64 for float64), rounded once.
+    Raises:
+        ValueError: ``linear_act: weight is (3072, 768), input (4, 128, 512) needs (N, 512)``; likewise for dtypes,
+            devices and an unknown activation.
+        TypeError: an argument is not a tensor.
+    Example:
+        >>> linear_act(torch.ones(2, 3), torch.eye(3)).shape
+        torch.Size([2, 3])
+    """
+    name = activations.resolve(activation)
+    cast = _check(input, weight, bias)
+    why_not = _choice.unsupported(input if cast is None else input.new_empty(0, dtype=cast), weight, bias)
+    if not _choice.runs("linear_act", why_not, why_not is None and _slower(input, weight)):
+        return reference(input, weight, bias, name)
+    if cast is not None:
+        input = input.to(cast)
+        if weight.dtype != torch.float32 or (bias is not None and bias.dtype != torch.float32):
+            weight, bias = weight.to(cast), None if bias is None else bias.to(cast)
+    index = activations.index(name)
+    if _autograd.needs_grad(input, weight, bias):
+        return _LinearAct.apply(input, weight, bias, index)
+    return _forward(input, weight, bias, index, keep=False)[0]
+
+
+def reference(input, weight, bias, activation):
+    """The same in PyTorch's functions: fall-back, source of second derivatives and yardstick."""
+    if weight.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
+        weight, bias = weight.to(input.dtype), None if bias is None else bias.to(input.dtype)
+    return activations.torch_function(activation)(torch.nn.functional.linear(input, weight, bias))
+
+
+def _check(input, weight, bias):
+    """Raises for what a user can get wrong; returns the dtype that autocast asks for, or None."""
+    for name, tensor in (("input", input), ("weight", weight), ("bias", bias)):
+        if not isinstance(tensor, torch.Tensor) and not (tensor is None and name == "bias"):
+            raise TypeError(f"linear_act: {name} must be a tensor, got {type(tensor).__name__}")
+    if weight.dim() != 2:
+        raise ValueError(f"linear_act: weight is {tuple(weight.shape)}, needs two dimensions (N, K)")
+    if input.dim() == 0 or input.shape[-1] != weight.shape[1]:
+        needs = f"(N, {input.shape[-1]})" if input.dim() else "an input of at least one dimension (*, K)"
+        raise ValueError(f"linear_act: weight is {tuple(weight.shape)}, input {tuple(input.shape)} needs {needs}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"linear_act: bias is {tuple(bias.shape)}, weight {tuple(weight.shape)} needs {tuple(weight.shape[:1])}")
+    cast = _autograd.autocast_dtype(input)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        if tensor.device != input.device:
+            raise ValueError(f"linear_act: {name} is on {tensor.device}, input on {input.device}")
+        if tensor.dtype != input.dtype and cast is None:
+            raise ValueError(f"linear_act: {name} is {tensor.dtype}, input {input.dtype}")
+    if not input.is_floating_point():
+        raise ValueError(f"linear_act: input is {input.dtype}, must be a floating-point tensor")
+    return cast
+
+
+def _slower(input, weight):
+    """The shipped rule: with few rows or few outputs packing the weight costs more than the product."""
+    N, K = weight.shape
+    M = input.numel() // K if K else 0
+    return input.device.type == "cpu" and (M < 32 or N < 64 or K < 64)
+
+
+def _rows(tensor, size):
+    return tensor.reshape(tensor.numel() // size if size else tensor.shape[:-1].numel(), size).contiguous()
+
+
+def _forward(input, weight, bias, activation, keep):
+    """The output, and the pre-activation if the backward will need it."""
+    N, K = weight.shape
+    rows = _rows(input, K)
+    output = input.new_empty((rows.shape[0], N))
+    preact = torch.empty_like(output) if keep and activation else None
+    torch.ops.fastft.linear_act_forward(
+        output, preact, rows, weight.contiguous(), None if bias is None else bias.contiguous(), activation
+    )
+    return output.view(*input.shape[:-1], N), preact
+
+
+def _backward(activation, preact, wanted, grad_output, input, weight, bias):
+    """Gradients of input, weight and bias, None where not wanted."""
+    N, K = weight.shape
+    rows = _rows(input, K)
+    grad_input = torch.empty_like(rows) if wanted[0] else None
+    grad_weight = weight.new_empty((N, K)) if wanted[1] else None
+    grad_bias = bias.new_empty(N) if wanted[2] else None
+    torch.ops.fastft.linear_act_backward(
+        grad_input, grad_weight, grad_bias, _rows(grad_output, N), preact, rows, weight.contiguous(), activation
+    )
+    return None if grad_input is None else grad_input.view(input.shape), grad_weight, grad_bias
+
+
+class _LinearAct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input, weight, bias, activation):
+        output, preact = _forward(input, weight, bias, activation, keep=True)
+        ctx.activation = activation
+        ctx.save_for_backward(input, weight, bias, preact)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        *tensors, preact = ctx.saved_tensors
+        kernel = functools.partial(_backward, ctx.activation, preact, ctx.needs_input_grad[:3])
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            name = activations.NAMES[ctx.activation]
+            return *_autograd.Backward.apply(kernel, lambda *t: reference(*t, name), grad_output, *tensors), None
+        return *kernel(grad_output, *tensors), None

@@ -1,0 +1,45 @@
+"""The head of a sequence classifier: its loss."""
+
+import inspect
+
+import torch
+
+from fastft import functional
+from fastft.models.swap import replaces
+
+
+def with_cross_entropy(stock):
+    """The forward of the sequence classifier ``stock`` with our cross-entropy; any other loss is its own.
+
+    ``stock.forward`` is transformers': ``labels`` among its arguments, ``loss`` and ``logits`` in its output.
+    """
+    position = list(inspect.signature(stock.forward).parameters).index("labels") - 1  # without self
+
+    @replaces(stock.forward)
+    def forward(self, *args, **kwargs):
+        labels = args[position] if len(args) > position else kwargs.get("labels")
+        if labels is None or not _is_single_label(self, labels):
+            return stock.forward(self, *args, **kwargs)
+        if len(args) > position:
+            args = (*args[:position], None, *args[position + 1 :])
+        else:
+            kwargs["labels"] = None
+        return_dict = kwargs.pop("return_dict", None)
+        output = stock.forward(self, *args, **kwargs, return_dict=True)
+        loss = functional.cross_entropy(output.logits.view(-1, self.num_labels), labels.view(-1).to(output.logits.device))
+        output = type(output)(loss=loss, **output)
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    return forward
+
+
+def why_not(self):
+    """A sentence if the classifier's loss is not cross-entropy over class indices, else None."""
+    kind = self.config.problem_type or ("regression" if self.num_labels == 1 else "single_label_classification")
+    return None if kind == "single_label_classification" else f"the loss of {kind} is PyTorch's"
+
+
+def _is_single_label(self, labels):
+    if self.config.problem_type is None and self.num_labels > 1 and labels.dtype in (torch.int64, torch.int32):
+        self.config.problem_type = "single_label_classification"  # as transformers does with the first labels it sees
+    return self.config.problem_type == "single_label_classification"

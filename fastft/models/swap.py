@@ -1,0 +1,119 @@
+"""What every replacing class has in common: what it replaces, what it computes in, and what keeps it from running."""
+
+import functools
+import importlib
+import importlib.util
+import re
+
+import torch
+from torch.nn.modules import module as torch_module
+from transformers.modeling_utils import _CAN_RECORD_REGISTRY
+from transformers.utils import ModelOutput
+from transformers.utils.output_capturing import _active_collector
+
+
+class Swapped:
+    """First base of every class that replaces another one; the second base is the class that it replaces.
+
+    Both have the same name, and ours can be imported from its module under it, so that pickle, deepcopy and DataParallel's
+    replicas find it. Instances are never built: ``optimize`` changes the ``__class__`` of existing ones.
+    """
+
+    _fastft_dtype = None  # what optimize(dtype=…) asked for, where it is not what the parameters and autocast say
+    _fastft_parts = ()  # attributes that hold inner modules whose work is done here, without calling them
+    _fastft_works = True  # False: it only calls what is inside
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if hasattr(cls, "_can_record_outputs"):  # else transformers gives None for the hidden states of our class
+            dict.__setitem__(_CAN_RECORD_REGISTRY, str(cls), cls._can_record_outputs)
+
+    def _fastft_why_not(self):
+        """A sentence if this module, as it is now, has to do its work as the class it replaces does, else None."""
+        return None
+
+
+def replaces(original):
+    """Decorates the ``forward`` that stands for ``original``: same signature, computed in the dtype that was asked for."""
+
+    def decorate(forward):
+        @functools.wraps(original)
+        def in_dtype(self, *args, **kwargs):
+            if self._fastft_dtype is None:
+                return forward(self, *args, **kwargs)
+            device = next((v.device.type for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)), "cpu")
+            autocast = self._fastft_dtype != torch.float32
+            if torch.is_autocast_enabled(device) == autocast:  # by the caller, or by a swapped module around this one
+                return forward(self, *args, **kwargs)
+            args, kwargs = _float32(args), _float32(kwargs)
+            with torch.autocast(device, torch.bfloat16, enabled=autocast):
+                return _float32(forward(self, *args, **kwargs))
+
+        return in_dtype
+
+    return decorate
+
+
+def _float32(value):
+    """``value`` with the half-precision tensors in it in float32, the dtype of the parameters."""
+    if isinstance(value, torch.Tensor):
+        return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
+    if isinstance(value, ModelOutput):
+        return type(value)(**{key: _float32(item) for key, item in value.items()})
+    if type(value) is dict:
+        return {key: _float32(item) for key, item in value.items()}
+    return type(value)(_float32(item) for item in value) if type(value) in (tuple, list) else value
+
+
+@functools.cache
+def adapter(stock):
+    """The Python module that holds the replacement of the class ``stock``, or None.
+
+    For torch.nn.Linear it is linear.py, for transformers.models.<architecture> it is <architecture>.py; any other class names
+    its own in ``_fastft_adapter``.
+    """
+    home = vars(stock).get("_fastft_adapter")
+    if stock is torch.nn.Linear:
+        home = "fastft.models.linear"
+    elif match := re.fullmatch(r"transformers\.models\.(\w+)\.modeling_\1", stock.__module__):
+        home = f"fastft.models.{match[1]}"
+    return importlib.import_module(home) if home and importlib.util.find_spec(home) else None
+
+
+def replacement(stock):
+    """The class that replaces the class ``stock``, or None."""
+    ours = getattr(adapter(stock), stock.__name__, None)
+    return ours if getattr(ours, "__bases__", None) == (Swapped, stock) else None
+
+
+def known_base(kind):
+    """The class that has a replacement and that ``kind`` is or is made from, or None."""
+    return next((base for base in kind.__mro__ if replacement(base) is not None), None)
+
+
+def replaced(ours):
+    """The class that ``ours`` replaces; None if it is no replacing class, or was made from one (fully_shard does that)."""
+    return ours.__bases__[1] if ours.__bases__[0] is Swapped else None
+
+
+def watched(module):
+    """Why ``module`` has to be called and cannot be skipped, its work being done elsewhere; None if nobody would notice."""
+    if "forward" in module.__dict__:
+        return "has a wrapped forward"
+    if torch_module._has_any_global_hook():
+        return "is watched by a global hook"
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    if any(_counts(hook) for of_kind in hooks for hook in of_kind.values()):
+        return "has a hook"
+    return None
+
+
+def _counts(hook):
+    """One call with output_attentions leaves transformers' capturing hooks in the model for good: they see something only
+    while a call collects outputs."""
+    return getattr(hook, "__name__", "") != "output_capturing_hook" or bool(_active_collector.get())
+
+
+def is_sharded(module):
+    """Whether ``fully_shard`` was applied to ``module`` itself."""
+    return any(base.__name__ == "FSDPModule" for base in type(module).__mro__)

@@ -1,0 +1,5 @@
+"""torch.nn modules over fastft.functional: same parameters, names and state_dict as torch's."""
+
+from fastft.nn.linear_act import MLP, LinearAct
+
+__all__ = ["MLP", "LinearAct"]

@@ -1,0 +1,307 @@
+"""The error budget, fastft's only tolerance: our error against a float64 reference is judged by PyTorch's own.
+
+For each result, over at least 10 000 elements (more seeds where one call gives fewer)::
+
+    mean |ours - truth| <= 1.1 * mean |torch - truth| + mean ulp
+    each |ours - truth| <= 2   * max  |torch - truth| + its ulp
+
+where an ulp is the spacing of the result's dtype at the truth's magnitude. For float64 results PyTorch's float32 error
+times 2^-29 is the yardstick: 4 times that plus 4 ulp, mean and maximum alike.
+
+A result that stays small (a scalar loss, a bias gradient) is pooled with the other small ones, each measured in its own
+unit, PyTorch's mean error plus a mean ulp, so that none drowns in another's magnitude.
+"""
+
+import copy
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fastft.testing.spec import OpSpec, TensorMaker, is_float
+
+ENOUGH = 10_000  # elements
+SEEDS = 8  # that a case is repeated with before its small results are pooled with other cases'
+
+Results = Mapping[str, torch.Tensor]
+
+
+class BudgetExceeded(AssertionError):
+    """A result is further from the truth than the budget allows; the text names the worst element."""
+
+
+@dataclass
+class _Errors:
+    """Of one result, summed up over seeds; everything the budget needs, and the worst element for the message."""
+
+    what: str
+    dtype: torch.dtype
+    count: int = 0
+    ours: float = 0.0  # sums of absolute errors and of ulps
+    theirs: float = 0.0
+    ulp: float = 0.0
+    excess: float = -torch.inf  # largest |ours - truth| less the allowed ulps
+    theirs_max: float = 0.0
+    worst: str = ""
+
+    @property
+    def factors(self) -> tuple[float, float, float]:
+        """Of PyTorch's mean error, of its maximum, of the ulp."""
+        return (4 * 2**-29, 4 * 2**-29, 4.0) if self.dtype == torch.float64 else (1.1, 2.0, 1.0)
+
+    @property
+    def unit(self) -> float:
+        mean, _, ulps = self.factors
+        return (mean * self.theirs + ulps * self.ulp) / self.count
+
+    def add(self, ours: torch.Tensor, theirs: torch.Tensor, truth: torch.Tensor, seed: int) -> None:
+        rounded = truth.to(self.dtype)
+        overflow = ~theirs.isfinite()  # in PyTorch's intermediate results; ours may do the same or better
+        exempt = ~rounded.isfinite() | (overflow & _same(ours, theirs.to(self.dtype)))
+        wrong = exempt & ~_same(ours, rounded) & ~_same(ours, theirs.to(self.dtype))
+        if wrong.any():
+            index = tuple(wrong.nonzero()[0].tolist())
+            raise BudgetExceeded(f"{self.what}\n  {_element(index, seed, ours, theirs, truth)}")
+        ours_error = (ours.double() - truth).abs().masked_fill(exempt, 0)
+        theirs_error = (theirs.double() - truth).abs().masked_fill(exempt | overflow, 0)
+        ulp = ulps(truth, self.dtype).masked_fill(exempt, 0)
+        self.count += truth.numel()
+        self.ours += ours_error.sum().item()
+        self.theirs += theirs_error.sum().item()
+        self.ulp += ulp.sum().item()
+        self.theirs_max = max(self.theirs_max, theirs_error.max().item())
+        excess = (ours_error - self.factors[2] * ulp).flatten()
+        worst = int(excess.argmax())  # of a NaN, if there is one
+        if not excess[worst].item() <= self.excess:
+            self.excess = excess[worst].item()
+            index = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), truth.shape))
+            self.worst = _element(index, seed, ours, theirs, truth)
+
+    def verdict(self) -> str | None:
+        """None, or what is exceeded, with the worst element."""
+        mean_factor, max_factor, ulp_factor = self.factors
+        mean, theirs, ulp = self.ours / self.count, self.theirs / self.count, self.ulp / self.count
+        found = []
+        if not mean <= mean_factor * theirs + ulp_factor * ulp:
+            found.append(
+                f"mean {mean:.3g} > {mean_factor:.3g} x {theirs:.3g} of PyTorch + {ulp_factor:g} ulp, {ulp:.3g}"
+            )
+        if not self.excess <= max_factor * self.theirs_max:
+            theirs = f"{max_factor:.3g} x {self.theirs_max:.3g} of PyTorch"
+            found.append(f"maximum, less {ulp_factor:g} ulp, {self.excess:.3g} > {theirs}")
+        return f"{self.what}, {self.count} elements: error's {' and '.join(found)}\n  {self.worst}" if found else None
+
+
+class Budget:
+    """Collects results of the same computation in three versions, then judges: ``add`` … ``add``, ``check``.
+
+    Args:
+        double: our results are float64, PyTorch's (the yardstick's) float32.
+    """
+
+    def __init__(self, double: bool = False) -> None:
+        self._double = double
+        self._errors: dict[tuple[str, str], _Errors] = {}
+
+    def add(self, ours: Results, theirs: Results, truth: Results, *, case: str = "", seed: int = 0) -> None:
+        """One computation's named results.
+
+        Args:
+            ours: fastft's.
+            theirs: PyTorch's on the same input, at the same dtype (float32 if ``double``).
+            truth: PyTorch's in float64.
+            case: results of different cases are judged apart, of different seeds together.
+        Raises: BudgetExceeded: names, shapes, dtypes, or infinite values and NaNs, differ from PyTorch's.
+        """
+        if not ours.keys() == theirs.keys() == truth.keys():
+            raise BudgetExceeded(f"{case}: results {list(ours)}, PyTorch's {list(theirs)}, the truth's {list(truth)}")
+        for name, result in ours.items():
+            result, other, true = (t[name].detach().cpu() for t in (ours, theirs, truth))
+            dtype = true.dtype if self._double else other.dtype
+            what = f"{case}: {name}" if case else name
+            if result.shape != true.shape or result.dtype != dtype:
+                raise BudgetExceeded(
+                    f"{what} is {tuple(result.shape)} {result.dtype}, PyTorch's {tuple(true.shape)} {dtype}"
+                )
+            if result.numel():
+                errors = self._errors.setdefault((case, name), _Errors(f"{what} ({dtype})", dtype))
+                errors.add(result, other, true, seed)
+
+    def short(self, case: str) -> bool:
+        """Whether a result of this case has fewer than 10 000 elements yet."""
+        return any(errors.count < ENOUGH for (of, _), errors in self._errors.items() if of == case)
+
+    @property
+    def enough(self) -> bool:
+        """Whether every result, and the pool of the small ones, has at least 10 000 elements."""
+        return sum(e.count for e in self._small) >= ENOUGH or not self._small
+
+    @property
+    def _small(self) -> list[_Errors]:
+        return [errors for errors in self._errors.values() if errors.count < ENOUGH]
+
+    def check(self) -> None:
+        """Raises: BudgetExceeded: with every result that exceeds it."""
+        if not self.enough:
+            raise ValueError(f"{sum(e.count for e in self._small)} elements are too few to judge, add other seeds")
+        alone = [errors for errors in self._errors.values() if errors.count >= ENOUGH]
+        pools = [_pooled(dtype, group) for dtype, group in _by_dtype(self._small)]
+        if failures := [verdict for errors in alone + pools if (verdict := errors.verdict())]:
+            raise BudgetExceeded("error budget exceeded\n" + "\n".join(failures))
+
+
+def check(evaluate: Callable[[int], tuple[Results, Results, Results]], double: bool = False) -> None:
+    """Judges ``evaluate(seed)``, which returns ours, PyTorch's and the true results, with as many seeds as it takes;
+    ``double`` as for :class:`Budget`.
+
+    Raises: BudgetExceeded: see :class:`Budget`.
+    """
+    budget = Budget(double)
+    for seed in itertools.count():
+        budget.add(*evaluate(seed), seed=seed)
+        if budget.enough:
+            return budget.check()
+
+
+def check_op(spec: OpSpec, indices: Iterable[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+    """The budget for outputs and gradients of the samples ``indices`` of an op, all with their seeds.
+
+    Raises: BudgetExceeded: see :class:`Budget`.
+    """
+    budget, outline, left = Budget(dtype == torch.float64), spec.outline(dtype), list(indices)
+    for seed in itertools.count():
+        for index in left:
+            case = outline[index].why
+            budget.add(*evaluate_op(spec, index, dtype, device, seed), case=case, seed=seed)
+        left = [index for index in left if budget.short(outline[index].why)]
+        if (seed + 1 >= SEEDS or not left) and budget.enough:
+            return budget.check()
+
+
+def evaluate_op(
+    spec: OpSpec, index: int, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0
+) -> tuple[Results, Results, Results]:
+    """One sample's output and gradients: by our op from awkward buffers, by PyTorch's, in float64."""
+    sample = spec.sample(index, dtype, device, seed)
+    arguments, wanted = spec.named(sample), spec.differentiable(sample)
+    yardstick = torch.float32 if dtype == torch.float64 else dtype
+
+    def grad_output(shape: torch.Size) -> torch.Tensor:
+        return TensorMaker(dtype, device, seed + 1_000_000)(*shape)
+
+    awkward = {name: guard(value) if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
+    ours = run(spec.op, awkward, wanted, lambda shape: guard(grad_output(shape)))
+    theirs = run(spec.reference, cast(arguments, yardstick), wanted, grad_output)
+    truth = run(spec.reference, cast(arguments, torch.float64), wanted, grad_output)
+    return ours, theirs, truth
+
+
+def run(
+    function: Callable[..., torch.Tensor],
+    arguments: Mapping[str, Any],
+    wanted: Iterable[str],
+    grad_output: Callable[[torch.Size], torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    """``output`` and ``grad <name>`` for each wanted argument of ``function(**arguments)``."""
+    leaves = {name: arguments[name].detach().requires_grad_() for name in wanted}
+    output = function(**{**arguments, **leaves})
+    results = {"output": output}
+    if leaves:
+        grads = torch.autograd.grad(output, list(leaves.values()), grad_output(output.shape).to(output.dtype))
+        results |= {f"grad {name}": grad for name, grad in zip(leaves, grads, strict=True)}
+    return results
+
+
+def cast(arguments: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """The arguments with floating-point tensors in ``dtype``."""
+    return {name: value.to(dtype) if is_float(value) else value for name, value in arguments.items()}
+
+
+def check_model(
+    ours: torch.nn.Module, stock: torch.nn.Module, batch: Callable[[int], dict], autocast: torch.dtype | None = None
+) -> None:
+    """The budget for a whole model: loss, logits and the gradient of every parameter.
+
+    Args:
+        ours: the model that fastft optimized, in training mode, with dropout off.
+        stock: PyTorch's, with the same weights; a float64 copy of it gives the truth.
+        batch: seed -> keyword arguments of the models, labels among them.
+        autocast: dtype that both are run under.
+    Raises: BudgetExceeded: see :class:`Budget`.
+    """
+    exact = copy.deepcopy(stock).double()
+
+    def evaluate(seed: int) -> tuple[Results, Results, Results]:
+        inputs = batch(seed)
+        return run_model(ours, inputs, autocast), run_model(stock, inputs, autocast), run_model(exact, inputs)
+
+    check(evaluate)
+
+
+def run_model(
+    model: torch.nn.Module, inputs: Mapping[str, Any], autocast: torch.dtype | None = None
+) -> dict[str, torch.Tensor]:
+    """``loss``, ``logits`` and ``grad <parameter>`` of one forward and backward; the gradients are not left behind."""
+    device = next(model.parameters()).device.type
+    with torch.autocast(device, autocast or torch.bfloat16, enabled=autocast is not None):
+        output = model(**inputs)
+    parameters = dict(model.named_parameters())
+    grads = torch.autograd.grad(output.loss, list(parameters.values()), allow_unused=True)
+    results = {"loss": output.loss, "logits": output.logits}
+    return results | {f"grad {name}": grad for name, grad in zip(parameters, grads, strict=True) if grad is not None}
+
+
+def ulps(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The spacing of ``dtype`` at each of the float64 ``values``: 2^-7 for 1.0 in bfloat16."""
+    limits = torch.finfo(dtype)
+    exponent = torch.frexp(values.double()).exponent - 1
+    spacing = torch.ldexp(torch.full_like(values, limits.eps, dtype=torch.float64), exponent)
+    return spacing.masked_fill(values == 0, 0).clamp(min=limits.smallest_normal * limits.eps)
+
+
+def guard(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy with the same strides in an awkward place: one element off alignment, NaN (or the least integer) before,
+    between and behind its elements, so that whatever reads a neighbour shows."""
+    span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else 0
+    poison = torch.nan if tensor.dtype.is_floating_point else torch.iinfo(tensor.dtype).min
+    line, item = 64, tensor.element_size()
+    buffer = torch.full((span + 3 * line,), poison, dtype=tensor.dtype, device=tensor.device)
+    aligned = -buffer.data_ptr() % line // item
+    offset = aligned + line + 1
+    once = [1 if s == 0 and n else n for n, s in zip(tensor.shape, tensor.stride(), strict=True)]  # where expanded
+    buffer.as_strided(once, tensor.stride(), offset).copy_(tensor[tuple(slice(n) for n in once)])
+    return buffer.as_strided(tensor.shape, tensor.stride(), offset)
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return (a == b) | (a.isnan() & b.isnan())
+
+
+def _element(index: tuple[int, ...], seed: int, ours: torch.Tensor, theirs: torch.Tensor, truth: torch.Tensor) -> str:
+    values = ", ".join(
+        f"{name} {tensor[index].item():.9g}" for name, tensor in (("ours", ours), ("PyTorch", theirs), ("truth", truth))
+    )
+    return f"worst element {index} of seed {seed}: {values}"
+
+
+def _by_dtype(group: list[_Errors]) -> list[tuple[torch.dtype, list[_Errors]]]:
+    dtypes = dict.fromkeys(errors.dtype for errors in group)
+    return [(dtype, [errors for errors in group if errors.dtype == dtype]) for dtype in dtypes]
+
+
+def _pooled(dtype: torch.dtype, group: list[_Errors]) -> _Errors:
+    """Several small results as one, each in its own unit."""
+    worst = max(group, key=lambda errors: errors.excess / errors.unit)
+    return _Errors(
+        f"small results together, {worst.what} the worst",
+        dtype,
+        count=sum(e.count for e in group),
+        ours=sum(e.ours / e.unit for e in group),
+        theirs=sum(e.theirs / e.unit for e in group),
+        ulp=sum(e.ulp / e.unit for e in group),
+        excess=worst.excess / worst.unit,
+        theirs_max=max(e.theirs_max / e.unit for e in group),
+        worst=worst.worst,
+    )

@@ -1,0 +1,132 @@
+"""One sample of an op, ours beside PyTorch's, timed and put beside its floor."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+
+from fastft import _library
+from fastft.testing.spec import KernelCalls, OpSpec, Sample
+from fastft.testing.timing import ROUNDS, Peaks, Spread, compare, kept_for_backward
+
+PASSES = ("forward", "backward", "train")  # without autograd; gradients alone; forward and backward
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A row of ``python -m benchmarks.ops``. Times in seconds, memory in bytes; ``kernel`` says what ran as fastft."""
+
+    op: str
+    sample: str
+    path: str  # one of PASSES, or "grad <argument>"
+    dtype: torch.dtype
+    kernel: str
+    fastft: Spread
+    torch: Spread
+    ratio: Spread  # times faster than torch
+    flops: float
+    bytes: float
+    kept: tuple[int, int] | None  # for the backward, by fastft and by torch
+
+    def shares(self, peaks: Peaks) -> tuple[float | None, float | None]:
+        """Of the floor, by fastft and by torch; BeatsPeak if one is above 1."""
+        return tuple(peaks.share(self.flops, self.bytes, t.median, self.dtype) for t in (self.fastft, self.torch))
+
+    def as_dict(self) -> dict:
+        """For JSON."""
+        return {**asdict(self), "dtype": str(self.dtype).removeprefix("torch.")}
+
+
+def measure(
+    spec: OpSpec,
+    index: int,
+    dtype: torch.dtype,
+    path: str = "train",
+    *,
+    device: str = "cpu",
+    rounds: int = ROUNDS,
+    peaks: Peaks | None = None,
+) -> Measurement:
+    """Times one pass of sample number ``index`` of an op.
+
+    Args:
+        path: "forward" (no autograd), "backward" (all gradients), "train" (both), or "grad <argument>" (that gradient).
+        rounds: see :func:`fastft.testing.timing.compare`.
+        peaks: measured meanwhile.
+    Raises: ValueError: ``linear_act has no gradient of 'x' in 'no bias', only of input, weight``
+    """
+    sample = spec.sample(index, dtype, device)
+    wanted = _wanted(spec, sample, path)
+    runs = {
+        "fastft": _run(spec.op, spec, sample, wanted, path),
+        "torch": _run(spec.reference, spec, sample, wanted, path),
+    }
+    with KernelCalls() as ours:
+        runs["fastft"]()
+    times = compare(runs, rounds=rounds, peaks=peaks, device=device)
+    flops, nbytes = _work(spec, sample, wanted, path, dtype.itemsize)
+    return Measurement(
+        op=spec.name,
+        sample=sample.why,
+        path=path,
+        dtype=dtype,
+        kernel=_library.isa() if ours.calls and device == "cpu" else "cuda" if ours.calls else "torch",
+        fastft=times["fastft"],
+        torch=times["torch"],
+        ratio=times.ratio("fastft", "torch"),
+        flops=flops,
+        bytes=nbytes,
+        kept=_kept(spec, sample, wanted) if path == "train" else None,
+    )
+
+
+def paths(spec: OpSpec, sample: Sample) -> list[str]:
+    """Every pass that :func:`measure` can time of a sample."""
+    wanted = spec.differentiable(sample)
+    return [*PASSES, *(f"grad {name}" for name in wanted if len(wanted) > 1)] if wanted else ["forward"]
+
+
+def _wanted(spec: OpSpec, sample: Sample, path: str) -> tuple[str, ...]:
+    if path == "forward":
+        return ()
+    wanted = spec.differentiable(sample)
+    if path in PASSES:
+        return wanted
+    name = path.removeprefix("grad ")
+    if name not in wanted:
+        raise ValueError(f"{spec.name} has no gradient of {name!r} in {sample.why!r}, only of {', '.join(wanted)}")
+    return (name,)
+
+
+def _leaves(spec: OpSpec, sample: Sample, wanted: tuple[str, ...]) -> tuple[dict, list[torch.Tensor]]:
+    arguments = spec.named(sample)
+    arguments |= {name: arguments[name].detach().requires_grad_() for name in wanted}
+    return arguments, [arguments[name] for name in wanted]
+
+
+def _run(function: Callable, spec: OpSpec, sample: Sample, wanted: tuple[str, ...], path: str) -> Callable[[], object]:
+    arguments, leaves = _leaves(spec, sample, wanted)
+    if not wanted:
+        return torch.no_grad()(lambda: function(**arguments))
+    output = function(**arguments)
+    grad_output = torch.randn_like(output)
+    if path == "train":
+        return lambda: torch.autograd.grad(function(**arguments), leaves, grad_output)
+    return lambda: torch.autograd.grad(output, leaves, grad_output, retain_graph=True)
+
+
+def _work(spec: OpSpec, sample: Sample, wanted: tuple[str, ...], path: str, size: int) -> tuple[float, float]:
+    """FLOPs and bytes of a pass."""
+    sizes = spec.sizes(**spec.named(sample))
+    flops = sum(spec.gradients[name](*sizes) for name in wanted)
+    nbytes = spec.backward_bytes(*sizes, size) if path in ("backward", "train") else 0.0
+    if path in ("forward", "train"):
+        flops, nbytes = flops + spec.flops(*sizes), nbytes + spec.bytes(*sizes, size)
+    return flops, nbytes
+
+
+def _kept(spec: OpSpec, sample: Sample, wanted: tuple[str, ...]) -> tuple[int, int]:
+    arguments, _ = _leaves(spec, sample, wanted)
+    tensors = [value for value in arguments.values() if isinstance(value, torch.Tensor)]
+    ours, theirs = (kept_for_backward(lambda f=f: f(**arguments), tensors) for f in (spec.op, spec.reference))
+    return ours, theirs

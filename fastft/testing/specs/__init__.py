@@ -1,0 +1,1 @@
+"""One module per op; each exports ``SPEC``, an :class:`fastft.testing.OpSpec`."""

@@ -1,0 +1,66 @@
+"""Cases of linear_act: every activation, the shapes of BERT and MiniLM, and those where a blocked GEMM goes wrong."""
+
+import math
+
+import torch
+
+from fastft import activations, functional
+from fastft.testing.spec import OpSpec, Sample
+
+
+def reference(input, weight, bias=None, activation="gelu"):
+    return activations.torch_function(activation)(torch.nn.functional.linear(input, weight, bias))
+
+
+def samples(t):
+    def linear(M, K, N, bias=True):  # scaled as a trained layer's: pre-activations of about 1
+        return t(M, K), t(N, K, scale=K**-0.5), t(N) if bias else None
+
+    for name in functional.ACTIVATIONS:
+        yield Sample(f"activation {name}", *linear(60, 40, 50), activation=name)
+    yield Sample("no bias", *linear(33, 64, 32, bias=False))
+    yield Sample("identity, no bias: a GEMM", *linear(33, 64, 32, bias=False), activation="identity")
+    yield Sample("alias of an activation", *linear(5, 7, 3), activation="gelu_new")
+    yield Sample("every size prime: edge tiles in all three products", *linear(31, 37, 29), activation="tanh")
+    yield Sample("one more than whole tiles", *linear(57, 65, 97))
+    yield Sample("one row", *linear(1, 48, 64))
+    yield Sample("one of everything", *linear(1, 1, 1), activation="sigmoid")
+    yield Sample("classifier: two columns", *linear(32, 768, 2), activation="identity")
+    yield Sample("long sums: K of BERT's second FFN layer", *linear(16, 3072, 24), activation="identity")
+    yield Sample("long sums over rows in the weight gradient", *linear(3001, 24, 20))
+    yield Sample("no rows", *linear(0, 12, 8))
+    yield Sample("no columns", *linear(6, 12, 0))
+    yield Sample("no depth: the bias alone", *linear(6, 0, 8))
+    yield Sample("one dimension", t(24), t(16, 24), t(16))
+    yield Sample("three dimensions", t(4, 7, 24), t(16, 24), t(16))
+    yield Sample("four dimensions, one of them empty", t(2, 0, 3, 24), t(16, 24), t(16))
+    yield Sample("strided input", t(24, 30).mT, t(16, 24), t(16))
+    yield Sample("rows of a larger matrix", t(30, 100)[:, 7:31], t(16, 24), t(16))
+    yield Sample("strided weight", t(30, 24), t(24, 16).mT, t(16))
+    yield Sample("expanded input and bias", t(1, 24).expand(30, 24), t(16, 24), t(1).expand(16))
+    yield Sample("saturated: |z| far beyond every tail", t(40, 24, scale=30), t(32, 24), t(32))
+    yield Sample("tiny: z near zero", t(40, 24, scale=1e-6), t(32, 24), t(32, scale=1e-6))
+    for K, N, activation in ((768, 768, "identity"), (768, 3072, "gelu"), (3072, 768, "identity")):  # BERT-base
+        yield Sample(f"4096x{K}->{N} {activation}", *linear(4096, K, N), activation=activation)
+    for K, N, activation in ((384, 1536, "gelu"), (1536, 384, "identity")):  # MiniLM
+        yield Sample(f"4096x{K}->{N} {activation}", *linear(4096, K, N), activation=activation)
+    for M in (2048, 256):
+        yield Sample(f"{M}x768->3072 gelu", *linear(M, 768, 3072))
+    yield Sample("32x768->768 tanh", *linear(32, 768, 768), activation="tanh")  # the pooler of a batch
+
+
+SPEC = OpSpec(
+    op=functional.linear_act,
+    reference=reference,
+    samples=samples,
+    sizes=lambda input, weight, bias=None, activation="gelu": (math.prod(input.shape[:-1]), *reversed(weight.shape)),
+    flops=lambda M, K, N: 2 * M * K * N,
+    bytes=lambda M, K, N, size: (M * K + K * N + M * N) * size,
+    gradients={
+        "input": lambda M, K, N: 2 * M * K * N,
+        "weight": lambda M, K, N: 2 * M * K * N,
+        "bias": lambda M, K, N: 0,
+    },
+    # Both operands, dy and z are read, the two gradients written.
+    backward_bytes=lambda M, K, N, size: (2 * M * K + 2 * K * N + 2 * M * N) * size,
+)

@@ -1,0 +1,146 @@
+"""What people know from Keras: per epoch a bar, the time left, loss and accuracy, then the validation's."""
+
+from __future__ import annotations
+
+import math
+import operator
+import time
+from collections.abc import Callable
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.text import Text
+from transformers import TrainerCallback
+
+REFRESH_SECONDS = 0.5  # how often the running loss is read: each time waits for a GPU to catch up
+BAR_WIDTH = 20
+
+
+class Meter:
+    """Loss and accuracy of one epoch so far; the tensors stay where they are until somebody reads."""
+
+    def __init__(self):
+        self.reset()
+
+    def reset(self) -> None:
+        self.losses: list[float] = []  # of every step that has been read
+        self._unread: list[torch.Tensor] = []
+        self._sum = 0.0
+        self._sizes: list[int] = []
+        self._correct: torch.Tensor | int = 0
+
+    def add(self, loss: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> None:
+        """One step: the batch's mean loss (), ``logits`` (B, C), ``targets`` (B,)."""
+        self._unread.append(loss.detach().float().clone())
+        self._sizes.append(targets.numel())
+        self._correct = self._correct + (logits.detach().argmax(-1) == targets).sum()
+
+    def read(self) -> tuple[float, float]:
+        """(mean loss, accuracy) over all examples added since the last reset."""
+        if self._unread:
+            new = torch.stack(self._unread).tolist()
+            self._sum += sum(map(operator.mul, new, self._sizes[len(self.losses) :]))
+            self.losses += new
+            self._unread.clear()
+        return self._sum / sum(self._sizes), int(self._correct) / sum(self._sizes)
+
+
+class EpochProgress(TrainerCallback):
+    """Draws the progress of a Trainer on ``console`` and keeps the history. A context manager: leaving it ends the bar.
+
+    Attributes:
+        meter: to be fed at every training step.
+        history: per epoch ``epoch``, ``loss``, ``accuracy``, ``seconds``, ``learning_rate``, ``validation_loss``,
+            ``validation_accuracy``, ``validation_seconds``; ``on_epoch`` is called with it after each validation.
+        step_losses: the training loss of every step.
+    """
+
+    def __init__(self, console: Console, epochs: int, on_epoch: Callable[[list[dict[str, float]]], None]):
+        self.console, self.epochs, self.on_epoch, self.meter = console, epochs, on_epoch, Meter()
+        self.history: list[dict[str, float]] = []
+        self.step_losses: list[float] = []
+        self._bar: Progress | None = None
+        self._indent = 0
+        self._started = self._refreshed = 0.0
+
+    def __enter__(self) -> EpochProgress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._close()
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.meter.reset()
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=BAR_WIDTH),
+            MofNCompleteColumn(),
+            _TimeColumn(),
+            TextColumn("{task.fields[scores]}"),
+            console=self.console,
+        )
+        title, steps = f"Epoch {len(self.history) + 1}/{self.epochs}", math.ceil(state.max_steps / self.epochs)
+        self._bar.add_task(title, total=steps, scores="")
+        self._indent = len(f"{title} {steps}/{steps} ") + BAR_WIDTH  # puts the validation's scores below the training's
+        self._bar.start()
+        self._started = self._refreshed = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        task = self._bar.tasks[0]
+        if time.perf_counter() - self._refreshed > REFRESH_SECONDS:
+            self._bar.update(task.id, scores=_scores(*self._read(args)))
+            self._refreshed = time.perf_counter()
+        self._bar.advance(task.id)
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        loss, accuracy = self._read(args)
+        seconds = time.perf_counter() - self._started
+        self._bar.update(self._bar.tasks[0].id, scores=_scores(loss, accuracy))
+        self._close()
+        self.step_losses += self.meter.losses
+        record = {"epoch": len(self.history) + 1, "loss": loss, "accuracy": accuracy, "seconds": seconds}
+        self.history.append(record | {"learning_rate": kwargs["lr_scheduler"].get_last_lr()[0]})
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        record = self.history[-1]
+        record["validation_loss"] = metrics["eval_loss"]
+        record["validation_accuracy"] = metrics["eval_accuracy"]
+        record["validation_seconds"] = metrics["eval_runtime"]
+        scores = _scores(record["validation_loss"], record["validation_accuracy"])
+        line = f"{'validation':>{self._indent}} {_clock(record['validation_seconds']):>5} {scores}"
+        self.console.print(line, highlight=False)
+        self.on_epoch(self.history)
+
+    def _read(self, args) -> tuple[float, float]:
+        loss, accuracy = self.meter.read()
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"finetune: the training loss became {loss} in epoch {len(self.history) + 1}: "
+                f"lower learning_rate (it is {args.learning_rate})"
+            )
+        return loss, accuracy
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+class _TimeColumn(ProgressColumn):
+    """The time left while the bar moves, then the time taken."""
+
+    def render(self, task: Task) -> Text:
+        if task.finished:
+            return Text(f"{_clock(task.finished_time or 0.0):>5}")
+        left = task.time_remaining
+        return Text("" if left is None else f"{_clock(left):>5} left")
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+def _scores(loss: float, accuracy: float) -> str:
+    return f"loss {loss:.4f}  accuracy {accuracy:.4f}"

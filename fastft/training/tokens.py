@@ -1,0 +1,63 @@
+"""Texts to batches: tokens by the model's own tokenizer, batches of similar length, padding to the longest row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import DataCollatorWithPadding, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Rows ready for the collator (``input_ids``, ``attention_mask``, …, ``labels``) and how many texts were cut."""
+
+    rows: list[dict[str, Any]]
+    cut: int
+
+    def lengths(self) -> list[int]:
+        return [len(row["input_ids"]) for row in self.rows]
+
+
+def longest_row(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, max_length: int) -> int:
+    """``max_length``, or what tokenizer and model can take where that is less."""
+    return min(max_length, tokenizer.model_max_length, getattr(config, "max_position_embeddings", max_length))
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], targets: Sequence[int], max_length: int) -> Tokens:
+    """Tokenises ``texts``, cutting each at ``max_length`` tokens, and adds ``targets`` as ``labels``."""
+    encoded = tokenizer(list(texts), truncation=True, max_length=max_length)
+    full = [text for text, ids in zip(texts, encoded["input_ids"], strict=True) if len(ids) == max_length]
+    cut = sum(len(ids) > max_length for ids in tokenizer(full, verbose=False)["input_ids"]) if full else 0
+    columns = [*encoded, "labels"]
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*encoded.values(), targets, strict=True)]
+    return Tokens(rows, cut)
+
+
+def collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorWithPadding:
+    """Pads the rows of a batch to its longest: the one place where batches are formed."""
+    return DataCollatorWithPadding(tokenizer)
+
+
+class LengthGroupedSampler(torch.utils.data.Sampler):
+    """transformers' grouping by length, in an order that depends on seed and epoch only.
+
+    transformers' own sampler draws from the global generator, so the order of the second epoch depends on what dropout
+    drew in the first: two runs with different kernels, or a resumed one, would see other batches.
+    """
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int):
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:  # called by the Trainer
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed((self.seed << 20) + self.epoch)
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))

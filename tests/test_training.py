@@ -1,0 +1,355 @@
+"""finetune from texts to folder, on a tiny BERT with random weights and words that decide the label."""
+
+import errno
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn import metrics as sklearn_metrics
+from tiny import make_checkpoint, make_reviews
+from transformers import AutoConfig, AutoTokenizer, BertConfig, BertModel
+
+import fastft
+from fastft.training import checkpoint, data, metrics, tokens
+
+REVIEWS = make_reviews(300, seed=0)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("model"))
+
+
+def train(model, output, reviews=REVIEWS, **options):
+    return fastft.finetune(
+        reviews, model, output, **{"epochs": 2, "learning_rate": 3e-3, "batch_size": 16, "quiet": True, **options}
+    )
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["stock", "fastft"])
+def result(request, model, tmp_path_factory):
+    return train(model, tmp_path_factory.mktemp("run") / "output", stock=request.param)
+
+
+# ---- the run
+
+
+def test_learns_and_keeps_the_history(result):
+    first, last = result.history
+    assert last["loss"] < first["loss"] and last["validation_accuracy"] > 0.9
+    assert len(result.step_losses) == 2 * -(-270 // 16)
+
+
+def test_epoch_loss_is_the_mean_over_examples(result):
+    steps = result.step_losses[: len(result.step_losses) // 2]
+    sizes = [16] * (270 // 16) + [270 % 16]
+    assert result.history[0]["loss"] == pytest.approx(np.average(steps, weights=sizes))
+
+
+def test_folder_holds_what_the_result_says(result):
+    names = {path.name for path in result.output.iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "learning_curves.png", "run.json"} <= names
+    assert not [name for name in names if name.startswith(".")], "something unfinished was left"
+    assert json.loads((result.output / "metrics.json").read_text()) == result.metrics
+    assert [json.loads(line) for line in (result.output / "history.jsonl").open()] == result.history
+    record = json.loads((result.output / "run.json").read_text())
+    assert record["options"]["learning_rate"] == 3e-3 and record["data"]["validation"]["examples"] == 30
+    assert (record["kernels"] is None) == record["options"]["stock"]
+
+
+def test_pipeline_gives_the_same_classes_in_a_process_without_fastft(result):
+    _, held_out = data.split(data.load(REVIEWS), 0.1, seed=0)
+    program = (
+        "import json, sys; sys.modules['fastft'] = None\n"
+        "from transformers import pipeline\n"
+        "classify = pipeline('text-classification', sys.argv[1])\n"
+        "print(json.dumps([row['label'] for row in classify(json.load(sys.stdin))]))"
+    )
+    command = [sys.executable, "-c", program, str(result.output)]
+    done = subprocess.run(command, input=json.dumps(held_out.texts), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == [result.labels[index] for index in result.predictions]
+
+
+def test_labels_are_saved_by_name_under_the_class_of_transformers(result):
+    config = json.loads((result.output / "config.json").read_text())
+    assert config["architectures"] == ["BertForSequenceClassification"]
+    assert config["id2label"] == {"0": "negative", "1": "positive"}
+    assert config["label2id"] == {"negative": 0, "positive": 1}
+
+
+def test_prints_facts_epochs_and_scores(result):
+    for expected in ("270 examples to train on, 30 to validate", "negative (135), positive (135)", "accuracy", "f1"):
+        assert expected in str(result)
+
+
+def test_metrics_are_those_of_the_predictions(result):
+    _, held_out = data.split(data.load(REVIEWS), 0.1, seed=0)
+    targets = [result.labels.index(label) for label in held_out.labels]
+    assert result.metrics["accuracy"] == sklearn_metrics.accuracy_score(targets, result.predictions)
+    assert result.metrics["f1"] == sklearn_metrics.f1_score(targets, result.predictions, average="macro")
+    assert result.metrics["accuracy"] == result.history[-1]["validation_accuracy"]
+
+
+@pytest.mark.parametrize("stock", [True, False], ids=["stock", "fastft"])
+def test_same_seed_gives_the_same_bits(model, tmp_path, stock):
+    files = []
+    for index, seed in enumerate((1, 1, 2)):
+        torch.rand(index), random.random()  # whatever was drawn before does not matter
+        output = train(model, tmp_path / str(index), seed=seed, epochs=1, stock=stock).output
+        files.append((output / "model.safetensors").read_bytes())
+    assert files[0] == files[1]
+    assert files[0] != files[2]
+
+
+@pytest.mark.parametrize(
+    "options", [{"head": "cls"}, {"dtype": "bfloat16"}, {"schedule": "cosine", "clip": 0}], ids=str
+)
+def test_variants_learn(model, tmp_path, options):
+    assert train(model, tmp_path / "output", **options).metrics["accuracy"] > 0.9
+
+
+def test_constant_schedule_keeps_the_learning_rate(model, tmp_path):
+    history = train(model, tmp_path / "output", schedule="constant", stock=True).history
+    assert [record["learning_rate"] for record in history] == [3e-3, 3e-3]
+
+
+def test_validation_data_is_used_whole(model, tmp_path):
+    held_out = make_reviews(40, seed=1)
+    run = train(model, tmp_path / "output", validation=held_out, epochs=1, stock=True)
+    assert len(run.predictions) == 40 and "300 examples to train on, 40 to validate" in str(run)
+
+
+def test_dropout_reaches_every_probability(model, tmp_path):
+    output = train(model, tmp_path / "output", dropout=0.25, epochs=1, stock=True).output
+    config = AutoConfig.from_pretrained(output)
+    assert [config.hidden_dropout_prob, config.attention_probs_dropout_prob, config.classifier_dropout] == [0.25] * 3
+
+
+def test_progress_is_plain_text_in_a_pipe(model, tmp_path, capsys):
+    train(model, tmp_path / "output", quiet=False, stock=True)
+    lines = capsys.readouterr().out.splitlines()
+    epochs = [line for line in lines if line.startswith("Epoch")]
+    assert [line[:9] for line in epochs] == ["Epoch 1/2", "Epoch 2/2"]
+    assert all("loss" in line and "accuracy" in line and "\x1b" not in line for line in epochs)
+    assert sum(line.lstrip().startswith("validation") for line in lines) == 2
+
+
+def test_quiet_prints_nothing(model, tmp_path, capfd):
+    train(model, tmp_path / "output", epochs=1, stock=True)
+    assert capfd.readouterr() == ("", "")
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epochs": 0}, "finetune: epochs=0; a whole number from 1 is needed"),
+        ({"epochs": 1.5}, "finetune: epochs=1.5 is a float; a whole number from 1 is needed"),
+        ({"batch_size": True}, "finetune: batch_size=True is a bool"),
+        ({"learning_rate": float("nan")}, "finetune: learning_rate=nan; a number above 0"),
+        ({"dropout": 1.0}, "finetune: dropout=1.0; None or a probability"),
+        ({"warmup": 6}, "finetune: warmup=6; a share of the steps"),
+        ({"validation_share": 0}, "finetune: validation_share=0; a number between 0 and 1"),
+        ({"seed": -1}, "finetune: seed=-1; a whole number from 0 to 4294967295"),
+        ({"head": "mean"}, "finetune: head='mean' is none of pooler, cls"),
+        ({"schedule": "step"}, "finetune: schedule='step' is none of linear, cosine, constant"),
+        ({"dtype": "float16"}, "finetune: dtype='float16' is none of auto, float32, bfloat16"),
+        ({"text": "review"}, "data: text='review', label=None name columns of a file, not of a pair"),
+        ({"reviews": 7}, "data is a int; a path or a pair (texts, labels) is needed"),
+        ({"reviews": (["a"], [])}, "data: 1 texts, but 0 labels"),
+        ({"reviews": ([], [])}, "data: there are no examples in it"),
+        ({"reviews": (["a", 5], [0, 1])}, "data, row 1: the text is 5 (int), not a string"),
+        ({"reviews": (["a", "b"], [0, None])}, "data, row 1: the label is missing"),
+        ({"reviews": (["a", "b"], ["x", " "])}, "data, row 1: the label is missing"),
+        (
+            {"reviews": (["a", "b"], [0, 0.5])},
+            "data, row 1: the label is 0.5 (float), not a string, integer or boolean",
+        ),
+        ({"reviews": (["a", "b"], [1, 1])}, "data: every label is '1', two different ones are needed"),
+        ({"reviews": (["a", "b", "c"], [0, 0, 1])}, "data: the label '1' has one example"),
+        ({"reviews": (["a"] * 10, [0, 1] * 5)}, "validation_share=0.1 puts 1 of 10 examples aside, but each part"),
+        ({"validation": (["a"], ["mixed"])}, "validation: example 0 has the label 'mixed', which the training data"),
+        ({"validation": "nowhere.csv"}, "nowhere.csv does not exist"),
+        ({"model": "/no/such/model"}, "model='/no/such/model' cannot be loaded: "),
+    ],
+    ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
+)
+def test_refuses_in_one_sentence(model, tmp_path, options, message):
+    with pytest.raises((ValueError, TypeError, OSError)) as caught:
+        train(**{"model": model, "output": tmp_path / "output", **options})
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+
+
+def test_refuses_a_folder_that_is_not_empty(model, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="is not empty: name another folder or pass overwrite=True"):
+        train(model, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    train(model, tmp_path, epochs=1, stock=True, overwrite=True)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    with pytest.raises(FileExistsError, match="is a file, not a folder"):
+        train(model, tmp_path / "notes.txt")
+
+
+def test_refuses_a_checkpoint_without_all_of_its_encoder(model, tmp_path):
+    config = BertConfig.from_pretrained(model)
+    AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path / "short")
+    BertModel(config).save_pretrained(tmp_path / "short")
+    config.num_hidden_layers += 1
+    config.save_pretrained(tmp_path / "short")
+    with pytest.raises(ValueError, match=r"lacks 16 weights of the encoder .* the first is bert\.encoder\.layer\.2"):
+        train(tmp_path / "short", tmp_path / "output")
+
+
+def test_diverging_loss_is_an_error(model, tmp_path):
+    with pytest.raises(FloatingPointError, match="the training loss became nan in epoch 1: lower learning_rate"):
+        train(model, tmp_path / "output", learning_rate=1e30, clip=0, stock=True)
+
+
+def test_takes_a_classifier_of_another_number_of_classes(model, tmp_path):
+    first = train(model, tmp_path / "two", epochs=1, stock=True).output
+    texts, labels = REVIEWS
+    three = ["even" if index % 3 == 0 else label for index, label in enumerate(labels)]
+    assert train(first, tmp_path / "three", (texts, three), epochs=1, stock=True).labels == [
+        "even",
+        *sorted(set(labels)),
+    ]
+
+
+# ---- data
+
+
+def test_files_of_every_kind_give_the_same_examples(tmp_path):
+    texts, labels = (
+        ["plain", 'quotes "and", commas', "two\nlines", "tab\there", "Grüße 北京", "x" * 200_000],
+        ["a", "b"] * 3,
+    )
+    (tmp_path / "data.jsonl").write_text(
+        "\n\n".join(json.dumps({"label": label, "text": text}) for text, label in zip(texts, labels, strict=True))
+    )
+    for suffix, delimiter in data.DELIMITERS.items():
+        rows = [("label", "id", "text"), *((label, "7", text) for text, label in zip(texts, labels, strict=True))]
+        quoted = (delimiter.join('"' + field.replace('"', '""') + '"' for field in row) for row in rows)
+        (tmp_path / f"data{suffix}").write_text("\r\n".join(quoted) + "\r\n\r\n", encoding="utf-8-sig", newline="")
+    for suffix in data.SUFFIXES:
+        read = data.load(tmp_path / f"data{suffix}")
+        assert (read.texts, read.labels) == (texts, labels), suffix
+        assert read.fingerprint() == data.load((texts, labels)).fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"", "a.txt ends in '.txt', a file ending in .csv, .tsv, .jsonl is needed"),
+        ("a.csv", b"", "a.csv is empty"),
+        ("a.csv", b"text,label\n", "a.csv: there are no examples in it"),
+        (
+            "a.csv",
+            b"review,label\na,b\n",
+            "a.csv has no column 'text', its header is ['review', 'label']: name it with",
+        ),
+        ("a.csv", b"text,label,text\n", "a.csv has 2 columns 'text'"),
+        ("a.csv", b"text,label\na,b\na\n", "a.csv, line 3: 1 fields, but the header has 2"),
+        ("a.csv", b"text,label\na,\n", "a.csv, line 2: the label is missing"),
+        ("a.csv", b'text,label\n"a,b\n', "a.csv, line 2: unexpected end of data"),
+        ("a.csv", b"text,label\n\xff,b\n", "a.csv is not UTF-8: it holds the byte 0xff"),
+        ("a.jsonl", b'{"text": "a", "label": 1}\n{"text"\n', "a.jsonl, line 2: not JSON: "),
+        ("a.jsonl", b"[1]\n", "a.jsonl, line 1: '[1]' is not a JSON object"),
+        ("a.jsonl", b'{"text": "a"}\n', "a.jsonl, line 1: no key 'label', its keys are ['text']: name it with"),
+        ("a.jsonl", b'{"text": null, "label": 1}\n', "a.jsonl, line 1: the text is None (NoneType), not a string"),
+    ],
+)
+def test_bad_files_are_named_with_the_line(tmp_path, monkeypatch, name, content, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises((ValueError, TypeError)) as caught:
+        data.load(name)
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+
+
+def test_columns_are_taken_by_name(tmp_path):
+    (tmp_path / "a.tsv").write_text("stars\treview\n5\tgood\n1\tbad\n")
+    read = data.load(tmp_path / "a.tsv", text="review", label="stars")
+    assert (read.texts, read.labels) == (["good", "bad"], ["5", "1"])
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        (np.array([10, 9, 1]), ["1", "9", "10"]),
+        ([True, False], ["False", "True"]),
+        ([2.0, 1.0], ["1", "2"]),
+        (["b", " a ", "10"], ["10", "a", "b"]),
+        (["01", "1"], ["01", "1"]),
+    ],
+)
+def test_label_names_are_sorted_and_strings(labels, names):
+    examples = data.load((["text"] * len(labels), labels))
+    assert data.label_names(examples.labels) == names
+
+
+def test_split_keeps_the_share_of_every_label():
+    labels = ["rare"] * 20 + ["common"] * 180
+    everything = data.load(([str(row) for row in range(200)], labels))
+    train_part, held_out = data.split(everything, 0.1, seed=3)
+    assert held_out.counts() == {"common": 18, "rare": 2} and train_part.counts() == {"common": 162, "rare": 18}
+    assert sorted(map(int, train_part.texts + held_out.texts)) == list(range(200))
+    assert data.split(everything, 0.1, seed=3)[1].texts == held_out.texts
+    assert data.split(everything, 0.1, seed=4)[1].texts != held_out.texts
+
+
+# ---- tokens and metrics
+
+
+def test_long_texts_are_cut_and_counted(model):
+    tokenizer, config = AutoTokenizer.from_pretrained(model), AutoConfig.from_pretrained(model)
+    length = tokens.longest_row(tokenizer, config, 256)
+    assert length == config.max_position_embeddings
+    texts = ["good " * words for words in (1, length - 3, length - 2, length - 1, 5000)]
+    encoded = tokens.encode(tokenizer, texts, [0, 1, 0, 1, 0], length)
+    assert encoded.lengths() == [3, length - 1, length, length, length] and encoded.cut == 2
+    assert [row["labels"] for row in encoded.rows] == [0, 1, 0, 1, 0]
+
+
+def test_batches_depend_on_seed_and_epoch_only():
+    lengths = random.Random(0).choices(range(5, 60), k=500)
+
+    def epoch(seed, number):
+        torch.rand(3)
+        sampler = tokens.LengthGroupedSampler(lengths, batch_size=8, seed=seed)
+        sampler.set_epoch(number)
+        return list(sampler)
+
+    first = epoch(0, 0)
+    assert sorted(first) == list(range(500)) and first == epoch(0, 0)
+    assert first != epoch(0, 1) and first != epoch(1, 0)
+    batches = [[lengths[row] for row in first[start : start + 8]] for start in range(0, 500, 8)]
+    padded = sum(max(batch) * len(batch) for batch in batches)
+    assert padded < 1.1 * sum(lengths), "rows of a batch are of similar length"
+
+
+def test_metrics_of_a_class_that_is_never_predicted():
+    scores = metrics.classification(["a", "b", "c"], np.array([0, 0, 1, 2]), np.array([0, 1, 1, 1]))
+    assert scores["per_class"]["a"] == {"precision": 1.0, "recall": 0.5, "f1": 2 / 3, "support": 2}
+    assert scores["per_class"]["c"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 1}
+    assert scores["confusion"] == [[1, 1, 0], [0, 1, 0], [0, 1, 0]] and scores["accuracy"] == 0.5
+
+
+def test_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
+    def half(path, content, **options):
+        path.write_bytes(content[: len(content) // 2].encode())
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    checkpoint.write_json(tmp_path / "a.json", {"epoch": 1})
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.write_json(tmp_path / "a.json", {"epoch": 2})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"epoch": 1}
