@@ -5,8 +5,9 @@ from pathlib import Path
 
 
 def main() -> None:
-    """One line per module of this folder: how to start it, and the first line of its docstring."""
-    modules = [path for path in sorted(Path(__file__).parent.glob("*.py")) if not path.name.startswith("_")]
+    """One line per module of this folder that can be started: how, and the first line of its docstring."""
+    found = sorted(Path(__file__).parent.glob("[!_]*.py"))
+    modules = [path for path in found if '__name__ == "__main__"' in path.read_text()]
     width = max(len(path.stem) for path in modules)
     for path in modules:
         summary = (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0]

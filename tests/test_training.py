@@ -126,7 +126,7 @@ def test_validation_data_is_used_whole(model, tmp_path):
 
 
 def test_dropout_reaches_every_probability(model, tmp_path):
-    output = train(model, tmp_path / "output", dropout=0.25, epochs=1, stock=True).output
+    output = train(model, tmp_path / "output", dropout=np.float32(0.25), epochs=np.int64(1), stock=True).output
     config = AutoConfig.from_pretrained(output)
     assert [config.hidden_dropout_prob, config.attention_probs_dropout_prob, config.classifier_dropout] == [0.25] * 3
 

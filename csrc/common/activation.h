@@ -10,7 +10,7 @@ namespace FASTFT_NAMESPACE {
 
 #define FASTFT_ACTIVATIONS(X)                                                                                        \
   X(Identity, z, constant<F>(1))                                                                                     \
-  X(Relu, z < 0 ? constant<F>(0) : z, z > 0 ? constant<F>(1) : constant<F>(0))                                       \
+  X(Relu, z < 0 ? constant<F>(0) : z, z <= 0 ? constant<F>(0) : constant<F>(1))                                      \
   X(LeakyRelu, z > 0 ? z : z * constant<F>(0.01), z > 0 ? constant<F>(1) : constant<F>(0.01))                        \
   X(Elu, z > 0 ? z : expm1(z), z > 0 ? constant<F>(1) : exp(z))                                                      \
   X(Sigmoid, sigmoid(z), sigmoid_slope(z))                                                                           \

@@ -114,7 +114,7 @@ FASTFT_INLINE F expm1(F x) {
 
 // ---- logarithm
 
-// log(u + c) for u > 0 and c below half an ulp of u; with the limits of log at 0, infinity and below 0.
+// log(u + 2 c), |c| below an ulp of u; with the limits of log at 0, at infinity and below 0.
 template <class F>
 FASTFT_INLINE F log_of_sum(F u, F c) {
   const auto tiny = u < 1.17549435e-38f;
@@ -123,7 +123,7 @@ FASTFT_INLINE F log_of_sum(F u, F c) {
   const Bits<F> exponent = ((bits >> 23) + 0x80u) & 0x1ffu;      // + 128, as the difference may be negative
   const F k = bit_cast<F>(exponent + 0x4b400000u) - 12583040.f - (tiny ? splat<F>(23.f) : F{});
   const F m = bit_cast<F>((bits & 0x7fffffu) + 0x3f3504f3u);
-  const F d = c * bit_cast<F>((0xffu - exponent) << 23);  // c / 2^k; only reached with u >= 2^-24, where k is in range
+  const F d = c * bit_cast<F>((0x100u - exponent) << 23);  // 2 c / 2^k
   const F f = (m - 1.f) + d;
   const F rest = d - (f - (m - 1.f));
   // (log(1 + f) - f + f^2 / 2) / f^3, 2^-24.7 of log(1 + f)
@@ -148,7 +148,7 @@ FASTFT_INLINE F log1p(F x) {
     return by_lane(x, [](double v) { return ::log1p(v); });
   } else {
     const F u = 1.f + x;
-    return log_of_sum(u, x > 1.f ? 1.f - (u - x) : x - (u - 1.f));  // what rounding took from u, exact
+    return log_of_sum(u, 0.5f * (x > 1.f ? 1.f - (u - x) : x - (u - 1.f)));  // what rounding took from u, exact
   }
 }
 

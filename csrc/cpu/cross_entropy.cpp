@@ -5,9 +5,9 @@
 // Moves 3 M C sizeof(T) bytes for M rows, forward and backward: each reads the logits once, the backward writes dx. Of a row, its maximum and log s are
 // kept apart: their sum would be rounded to half an ulp of the maximum, 5e-4 for logits near 1e4.
 //
-// Lanes hold the classes of one row, or rows (few classes, or classes that do not come last). Either way each lane runs an online softmax of its own
-// (Milakov and Gimelshein 2018, arXiv:1805.02867) over blocks of 16 values: one exp more for 16, and nothing moves between lanes before a row's end.
-// A reduction adds the rows of a task, then the tasks in order: that order follows from the shape.
+// Lanes hold the classes of one row ("along"), or rows, where classes are few or do not come last ("across"). Either way each lane runs an online softmax
+// of its own (Milakov and Gimelshein 2018, arXiv:1805.02867) over blocks of 16 values: one exp more for 16, and nothing moves between lanes before a
+// row's end. A reduction adds the rows of a task, then the tasks in order: that order follows from the shape.
 #include "isa.h"
 
 namespace FASTFT_NAMESPACE {
@@ -16,15 +16,16 @@ namespace {
 constexpr int kBlock = 16;                // values of a lane that share one look at the maximum
 constexpr int64_t kTaskLogits = 1 << 15;  // of a task: about 10 us, ten times what handing it out costs
 
+constexpr auto load_whole = [](const auto* p) { return load(p); };
+
 // What a lane knows of the values it has seen: the maximum, the sum of exp(x - max), the sums of k (x - max) and of k.
 template <bool kSoft, class F>
 struct Online {
   using V = Vec<F>;
-  V max = broadcast(-kLargest), sum = {}, dot = {}, mass = {};
+  static constexpr F kLargest = sizeof(F) == 8 ? F(1.7976931348623157e308) : F(3.4028234e38f);
+  V max = broadcast(-kLargest), sum = {}, dot = {}, mass = {};  // not -infinity, which minus itself is NaN
 
-  static constexpr F kLargest = sizeof(F) == 8 ? F(1.7976931348623157e308) : F(3.4028234e38f);  // not infinity: -inf - max is no NaN
-
-  // x(i) and k(i), i < n: the next n <= kBlock values of each lane.
+  // x(i) and k(i), i < n: the next n values of each lane.
   template <class X, class K>
   inline __attribute__((always_inline)) void add(int n, const X& x, const K& k) {
     V top = max;
@@ -37,12 +38,15 @@ struct Online {
     for (int i = 0; i < n; ++i) {
       const V v = x(i) - top;
       s += exp(v);
-      if constexpr (kSoft) d += k(i) * v, m += k(i);
+      if constexpr (kSoft) {
+        const V soft = k(i);
+        d += soft * v, m += soft;
+      }
     }
     sum += s, dot += d, mass += m;
   }
 
-  // One more value, in those lanes that `fresh` is true for.
+  // One more value, in those lanes where `fresh` is true.
   template <class Mask>
   void add_some(Mask fresh, V x, V k) {
     x = fresh ? x : broadcast(-F(HUGE_VAL));
@@ -53,7 +57,7 @@ struct Online {
 
   void raise(V top) {
     sum *= exp(max - top);
-    if constexpr (kSoft) dot += mass != 0 ? mass * (max - top) : V{};  // 0 times the -inf of two extreme maxima is NaN
+    if constexpr (kSoft) dot += mass != 0 ? mass * (max - top) : V{};  // 0 times the infinite difference of two extreme maxima is NaN
     max = top;
   }
 };
@@ -64,10 +68,10 @@ struct Group {
   int64_t at;   // the first row's first logit
 };
 
-// What a group's targets say, by row.
+// What a group's targets say of its rows.
 template <class F>
 struct Targets {
-  int64_t index[kLanes<F>];  // -1: none, because it is ignored, wrong, or there are probabilities
+  int64_t index[kLanes<F>];  // t, or -1: ignored, out of range, or there are probabilities
   F hard[kLanes<F>];         // h
   F weight[kLanes<F>];       // in the divisor of a mean
   F live[kLanes<F>];         // 0: ignored
@@ -77,26 +81,22 @@ struct Targets {
 // What forward and backward share: how rows are grouped into tasks, and where things lie.
 template <class T, class W, class Args>
 struct Rows {
+  using Logit = T;
   using F = Compute<T>;
   using V = Vec<F>;
   static constexpr int L = kLanes<F>;
 
   const Args& p;
-  const int64_t C = p.C, S = p.S, count = p.N * S;
-  const bool across = S > 1 || C < 8 * L;  // lanes hold rows
-  const int64_t size = across || kTaskLogits / C >= L ? L : kTaskLogits / C > 0 ? kTaskLogits / C : 1;  // rows of a group
+  const int64_t C = p.C, S = p.S, count = p.N * S, stride = S > 1 ? 1 : C;  // stride: from one row of a group to the next
+  const bool across = S > 1 || C < 8 * L;
+  const int64_t size = across || kTaskLogits / C > L ? L : kTaskLogits / C > 0 ? kTaskLogits / C : 1;  // rows of a group
   const int64_t groups_of_n = ceil_div(S > 1 ? S : p.N, size), groups = S > 1 ? p.N * groups_of_n : groups_of_n;
   const int64_t groups_per_task = size * C < kTaskLogits ? kTaskLogits / (size * C) : 1, tasks = ceil_div(groups, groups_per_task);
-  const int64_t row_stride = S > 1 ? 1 : C;
   const F rest = F(1 - p.smoothing), share = F(p.smoothing / double(C));
 
   Group group(int64_t i) const {
-    if (S == 1) {
-      const int64_t row = i * size;
-      return {row, int(p.N - row < size ? p.N - row : size), row * C};
-    }
-    const int64_t n = i / groups_of_n, s = i % groups_of_n * size;
-    return {n * S + s, int(S - s < size ? S - s : size), n * C * S + s};
+    const int64_t n = S > 1 ? i / groups_of_n : 0, first = (i - n * groups_of_n) * size, left = (S > 1 ? S : p.N) - first;
+    return {n * S + first, int(left < size ? left : size), n * C * S + first * stride};
   }
 
   // body(group, task) for all groups; those of a task in ascending order, by one worker.
@@ -109,99 +109,84 @@ struct Rows {
   }
 
   Targets<F> targets(const Group& g) const {
-    Targets<F> t{{}, {}, {}, {}, -1};
-    for (int r = 0; r < g.rows; ++r) {
-      const int64_t c = p.target ? p.target[g.row + r] : -1;
-      const bool valid = p.target && c != p.ignore_index && uint64_t(c) < uint64_t(C);
-      if (p.target && !valid && c != p.ignore_index && t.invalid < 0) t.invalid = g.row + r;
+    Targets<F> t;
+    t.invalid = -1;
+    for (int r = 0; r < L; ++r) {
+      const int64_t c = p.target && r < g.rows ? p.target[g.row + r] : p.ignore_index;
+      const bool ignored = c == p.ignore_index, inside = uint64_t(c) < uint64_t(C), valid = p.target && inside && !ignored;
+      if (!ignored && !inside && t.invalid < 0) t.invalid = g.row + r;
       t.index[r] = valid ? c : -1;
-      t.weight[r] = !valid ? F(!p.target) : p.w ? F(to_float(p.w[c])) : F(1);
+      t.weight[r] = valid ? (p.w ? F(to_float(p.w[c])) : F(1)) : F(!p.target && r < g.rows);
       t.hard[r] = valid ? rest * t.weight[r] : F(0);
       t.live[r] = F(valid || !p.target);
     }
     return t;
   }
 
-  // ---- lanes hold classes
+  V soft(V q, V w) const { return (share + rest * q) * w; }
 
-  template <class... Some>
-  V soft_along(int64_t at, int64_t c, Some... n) const {
-    V k = broadcast(share);
-    if (p.q) k += rest * load(p.q + at + c, n...);
-    if (p.w) k *= load(p.w + c, n...);
-    return k;
-  }
+  // ---- along: from class c of the row at `at`; load reads a whole or a partial register
+  template <class Load>
+  V q_along(int64_t at, int64_t c, const Load& load) const { return p.q ? load(p.q + at + c) : V{}; }
+  template <class Load>
+  V w_along(int64_t c, const Load& load) const { return p.w ? load(p.w + c) : broadcast(F(1)); }
 
-  // ---- lanes hold rows
-
-  // out[c][r] = in[r][c] for a block of classes; missing rows are zero.
+  // ---- across: from a block of classes that was gathered, out[c][r] = in[r][c]; missing rows are zero
   template <class In>
   void gather(F* out, const In* in, int rows, int classes) const {
-    if (S > 1) {
-      for (int c = 0; c < classes; ++c) store(out + c * L, rows == L ? load(in + c * S) : load(in + c * S, rows));
-      return;
-    }
-    for (int r = 0; r < rows; ++r)
-      for (int c = 0; c < classes; ++c) out[c * L + r] = to_float(in[r * C + c]);
-    for (int r = rows; r < L; ++r)
-      for (int c = 0; c < classes; ++c) out[c * L + r] = 0;
+    for (int c = 0; c < classes; ++c)
+      if (S > 1)
+        store(out + c * L, rows == L ? load(in + c * S) : load(in + c * S, rows));
+      else
+        for (int r = 0; r < L; ++r) out[c * L + r] = r < rows ? F(to_float(in[r * C + c])) : F(0);
   }
-
   template <class Out>
   void scatter(Out* out, const F* in, int rows, int classes) const {
-    if (S > 1) {
-      for (int c = 0; c < classes; ++c)
-        if (rows == L)
-          store(out + c * S, load(in + c * L));
-        else
-          store(out + c * S, load(in + c * L), rows);
-      return;
-    }
-    for (int r = 0; r < rows; ++r)
-      for (int c = 0; c < classes; ++c) out[r * C + c] = from_float<Out>(in[c * L + r]);
+    for (int c = 0; c < classes; ++c)
+      if (S == 1)
+        for (int r = 0; r < rows; ++r) out[r * C + c] = from_float<Out>(in[c * L + r]);
+      else if (rows == L)
+        store(out + c * S, load(in + c * L));
+      else
+        store(out + c * S, load(in + c * L), rows);
   }
-
-  V soft_across(const F* q, int64_t c) const {  // q: what gather made of the probabilities of class c
-    V k = broadcast(share);
-    if (p.q) k += rest * load(q);
-    if (p.w) k *= F(to_float(p.w[c]));
-    return k;
-  }
+  V w_across(int64_t c) const { return broadcast(p.w ? F(to_float(p.w[c])) : F(1)); }
 };
 
 // ---- forward
 
-template <bool kSoft, class T, class W, class R, class F = Compute<T>>
-Online<kSoft, F> along(const R& rows, int64_t at) {
-  constexpr int L = kLanes<F>;
-  const int64_t C = rows.C, last = C - L;
-  const T* const x = rows.p.x + at;
+template <bool kSoft, class R>
+Online<kSoft, typename R::F> along(const R& rows, int64_t at) {
+  using F = typename R::F;
+  constexpr int L = R::L;
+  const auto* const x = rows.p.x + at;
+  const auto soft_at = [&](int64_t c) { return rows.soft(rows.q_along(at, c, load_whole), rows.w_along(c, load_whole)); };
   Online<kSoft, F> online;
   int64_t c = 0;
   const auto value = [&](int i) { return load(x + c + i * L); };
-  const auto soft = [&](int i) { return rows.soft_along(at, c + i * L); };
-  for (; c + kBlock * L <= C; c += kBlock * L) online.add(kBlock, value, soft);
-  const int registers = int((C - c) / L), rest = int(C % L);
-  if (registers) online.add(registers, value, soft);
-  if (rest) {  // the last register overlaps what has been seen
+  const auto soft = [&](int i) { return soft_at(c + i * L); };
+  for (; c + kBlock * L <= rows.C; c += kBlock * L) online.add(kBlock, value, soft);
+  if (const int registers = int((rows.C - c) / L)) online.add(registers, value, soft);
+  if (const int rest = int(rows.C % L)) {  // the last register overlaps what has been seen
     Bits<Vec<F>> lane;
     for (int i = 0; i < L; ++i) lane[i] = i;
-    online.add_some(lane >= unsigned(L - rest), load(x + last), kSoft ? rows.soft_along(at, last) : Vec<F>{});
+    online.add_some(lane + rest >= L, load(x + rows.C - L), soft_at(rows.C - L));
   }
   online.raise(broadcast(max_lanes<F>(online.max)));
   return online;
 }
 
-template <bool kSoft, class T, class W, class R, class F = Compute<T>>
-Online<kSoft, F> across(const R& rows, const Group& g) {
-  constexpr int L = kLanes<F>;
-  alignas(kVectorBytes) F x[kBlock * L], q[kBlock * L];
+template <bool kSoft, class R>
+Online<kSoft, typename R::F> across(const R& rows, const Group& g) {
+  using F = typename R::F;
+  constexpr int L = R::L;
+  alignas(kVectorBytes) F x[kBlock * L], q[kBlock * L] = {};
   Online<kSoft, F> online;
   for (int64_t c = 0; c < rows.C; c += kBlock) {
     const int classes = int(rows.C - c < kBlock ? rows.C - c : kBlock);
     rows.gather(x, rows.p.x + g.at + c * rows.S, g.rows, classes);
-    if (rows.p.q) rows.gather(q, rows.p.q + g.at + c * rows.S, g.rows, classes);
-    online.add(classes, [&](int i) { return load(x + i * L); }, [&](int i) { return rows.soft_across(q + i * L, c + i); });
+    if (kSoft && rows.p.q) rows.gather(q, rows.p.q + g.at + c * rows.S, g.rows, classes);
+    online.add(classes, [&](int i) { return load(x + i * L); }, [&](int i) { return rows.soft(load(q + i * L), rows.w_across(c + i)); });
   }
   return online;
 }
@@ -211,33 +196,32 @@ struct Sums {  // of a task
   int64_t invalid;
 };
 
-template <bool kSoft, class T, class W, class R>
+template <bool kSoft, class R>
 void forward_group(const R& rows, const Group& g, Sums& sums) {
-  using F = Compute<T>;
-  using V = Vec<F>;
-  constexpr int L = kLanes<F>;
+  using F = typename R::F;
   const auto& p = rows.p;
   const Targets<F> t = rows.targets(g);
   Online<kSoft, F> online;
   if (rows.across) {
-    online = across<kSoft, T, W>(rows, g);
+    online = across<kSoft>(rows, g);
   } else {
     for (int r = 0; r < g.rows; ++r) {
       if (t.live[r] == 0) continue;
-      const Online<kSoft, F> row = along<kSoft, T, W>(rows, g.at + r * rows.row_stride);
+      const Online<kSoft, F> row = along<kSoft>(rows, g.at + r * rows.stride);
       online.max[r] = row.max[0];
       online.sum[r] = sum_lanes<F>(row.sum);
-      if constexpr (kSoft) online.dot[r] = sum_lanes<F>(row.dot), online.mass[r] = sum_lanes<F>(row.mass);
+      online.dot[r] = sum_lanes<F>(row.dot);
+      online.mass[r] = sum_lanes<F>(row.mass);
     }
   }
-  F picked[L] = {};
+  F picked[R::L] = {};
   for (int r = 0; r < g.rows; ++r)
-    if (t.index[r] >= 0) picked[r] = to_float(p.x[g.at + r * rows.row_stride + t.index[r] * rows.S]);
+    if (t.index[r] >= 0) picked[r] = to_float(p.x[g.at + r * rows.stride + t.index[r] * rows.S]);
 
-  const V log_sum = log(online.sum);
-  V loss = load(t.hard) * (log_sum - (load(picked) - online.max));
+  const Vec<F> log_sum = log(online.sum);
+  Vec<F> loss = load(t.hard) * (log_sum - (load(picked) - online.max));
   if constexpr (kSoft) loss += online.mass * log_sum - online.dot;
-  loss = load(t.live) != 0 ? loss : V{};
+  loss = load(t.live) != 0 ? loss : Vec<F>{};
 
   if (p.reduction == kNone) store(p.loss + g.row, loss, g.rows);
   if (p.stats) {
@@ -249,34 +233,125 @@ void forward_group(const R& rows, const Group& g, Sums& sums) {
   if (sums.invalid < 0) sums.invalid = t.invalid;
 }
 
+template <bool kSoft, class T, class W>
+void forward(const CrossEntropyForward<T, W>& p, const Host& host) {
+  using F = Compute<T>;
+  const Rows<T, W, CrossEntropyForward<T, W>> rows{p};
+  Sums* const sums = scratch<Sums>(host, rows.tasks);
+  for (int64_t task = 0; task < rows.tasks; ++task) sums[task] = {0, 0, -1};
+  rows.for_groups(host, [&](const Group& g, int64_t task) { forward_group<kSoft>(rows, g, sums[task]); });
+
+  Sums all = {0, 0, -1};
+  for (int64_t task = 0; task < rows.tasks; ++task) {
+    all.loss += sums[task].loss;
+    all.weight += sums[task].weight;
+    if (all.invalid < 0) all.invalid = sums[task].invalid;
+  }
+  const double divisor = p.reduction == kMean ? all.weight : 1;
+  if (p.reduction != kNone) *p.loss = from_float<W>(F(all.loss / divisor));
+  if (p.divisor) *p.divisor = F(divisor);
+  *p.invalid = all.invalid;
+}
+
 // ---- backward
 
-// What a group's rows multiply by.
-template <class F>
+// What the gradients of a row (V a number), or of the rows in the lanes (V a register), are made of.
+template <class V>
 struct Scales {
-  Vec<F> max, log_sum, grad, softmax;  // g; g (h + sum of k) / s
+  V max, log_sum;
+  V grad;     // g
+  V hard;     // g h
+  V softmax;  // g (h + sum of k) / s
 };
 
-template <bool kSoft, class T, class W, class R, class F = Compute<T>>
-void backward_along(const R& rows, int64_t at, int64_t index, F hard, F max, F log_sum, F grad, F softmax) {
+template <bool kSoft, class V, class By>
+inline V grad_logits(V x, V k, const By& by) {  // x: less the maximum
+  V dx = exp(x) * by.softmax;
+  if constexpr (kSoft) dx -= by.grad * k;
+  return dx;
+}
+
+template <bool kSoft, class R, class F>
+void backward_along(const R& rows, int64_t at, int64_t index, const Scales<F>& by) {
+  using V = Vec<F>;
   const auto& p = rows.p;
   for_lanes<F>(rows.C, [&](int64_t c, auto load, auto store) {
-    const Vec<F> x = load(p.x + at + c) - max;
-    Vec<F> dx = exp(x) * softmax;
-    if constexpr (kSoft) {
-      Vec<F> k = broadcast(rows.share), dq = (grad * rows.rest) * (log_sum - x);
-      if (p.q) k += rows.rest * load(p.q + at + c);
-      if (p.w) k *= load(p.w + c), dq *= load(p.w + c);
-      dx -= grad * k;
-      if (p.dq) store(p.dq + at + c, dq);
-    }
-    if (p.dx) store(p.dx + at + c, dx);
+    const V x = load(p.x + at + c) - by.max, w = kSoft ? rows.w_along(c, load) : V{};
+    if (p.dx) store(p.dx + at + c, grad_logits<kSoft>(x, kSoft ? rows.soft(rows.q_along(at, c, load), w) : V{}, by));
+    if (kSoft && p.dq) store(p.dq + at + c, by.grad * rows.rest * w * (by.log_sum - x));
   });
-  if (index >= 0 && p.dx) {
-    F dx = exp(broadcast(F(to_float(p.x[at + index])) - max))[0] * softmax - hard;
-    if constexpr (kSoft) dx -= grad * rows.share * (p.w ? F(to_float(p.w[index])) : F(1));
-    p.dx[at + index] = from_float<T>(dx);
+  if (p.dx && index >= 0) {
+    const V x = broadcast(F(to_float(p.x[at + index])) - by.max);
+    p.dx[at + index] = from_float<typename R::Logit>(grad_logits<kSoft>(x, rows.soft(V{}, rows.w_across(index)), by)[0] - by.hard);
   }
 }
+
+template <bool kSoft, class R, class V>
+void backward_across(const R& rows, const Group& g, const Targets<typename R::F>& t, const Scales<V>& by) {
+  using F = typename R::F;
+  constexpr int L = R::L;
+  const auto& p = rows.p;
+  alignas(kVectorBytes) F x[kBlock * L], q[kBlock * L] = {};
+  for (int64_t c = 0; c < rows.C; c += kBlock) {
+    const int classes = int(rows.C - c < kBlock ? rows.C - c : kBlock);
+    const int64_t at = g.at + c * rows.S;
+    rows.gather(x, p.x + at, g.rows, classes);
+    if (kSoft && p.q) rows.gather(q, p.q + at, g.rows, classes);
+    for (int i = 0; i < classes; ++i) {  // dx and dq take the places of x and q
+      const V v = load(x + i * L) - by.max, w = rows.w_across(c + i);
+      const V dx = grad_logits<kSoft>(v, kSoft ? rows.soft(load(q + i * L), w) : V{}, by);
+      store(x + i * L, load(t.live) != 0 ? dx : V{});  // where ignored logits are NaN, too
+      if (kSoft && p.dq) store(q + i * L, by.grad * rows.rest * w * (by.log_sum - v));
+    }
+    for (int r = 0; r < g.rows; ++r)
+      if (t.index[r] >= c && t.index[r] < c + classes) x[(t.index[r] - c) * L + r] -= by.hard[r];
+    if (p.dx) rows.scatter(p.dx + at, x, g.rows, classes);
+    if (kSoft && p.dq) rows.scatter(p.dq + at, q, g.rows, classes);
+  }
+}
+
+template <bool kSoft, class R, class F>
+void backward_group(const R& rows, const Group& g, F mass) {
+  using V = Vec<F>;
+  const auto& p = rows.p;
+  const Targets<F> t = rows.targets(g);
+  const V max = load(p.stats + g.row, g.rows), log_sum = load(p.stats + rows.count + g.row, g.rows);
+  const V grad = (p.reduction == kNone ? load(p.dy + g.row, g.rows) : broadcast(F(to_float(*p.dy)))) / *p.divisor;
+  const V hard = grad * load(t.hard), soft = grad * (p.q ? load(p.stats + 2 * rows.count + g.row, g.rows) : broadcast(mass));
+  const Scales<V> by = {max, log_sum, grad, hard, (hard + soft) * exp(-log_sum)};
+  if (rows.across) return backward_across<kSoft>(rows, g, t, by);
+  for (int r = 0; r < g.rows; ++r) {
+    const int64_t at = g.at + r * rows.stride;
+    if (t.live[r] != 0)
+      backward_along<kSoft>(rows, at, t.index[r], Scales<F>{max[r], log_sum[r], grad[r], hard[r], by.softmax[r]});
+    else if (p.dx)
+      std::memset(p.dx + at, 0, size_t(rows.C) * sizeof *p.dx);
+  }
+}
+
+template <bool kSoft, class T, class W>
+void backward(const CrossEntropyBackward<T, W>& p, const Host& host) {
+  using F = Compute<T>;
+  const Rows<T, W, CrossEntropyBackward<T, W>> rows{p};
+  Vec<F> weights = {};  // of class indices, the sum of k is every row's
+  if (kSoft) for_lanes<F>(rows.C, [&](int64_t c, auto load, auto) { weights += p.w ? load(p.w + c) : Vec<F>{}; });
+  const F mass = p.w ? rows.share * sum_lanes<F>(weights) : F(p.smoothing);
+  rows.for_groups(host, [&](const Group& g, int64_t) { backward_group<kSoft>(rows, g, mass); });
+}
+
 }  // namespace
+
+template <class T, class W>
+void cross_entropy_forward(const CrossEntropyForward<T, W>& p, const Host& host) {
+  p.q || p.smoothing > 0 ? forward<true>(p, host) : forward<false>(p, host);
+}
+
+template <class T, class W>
+void cross_entropy_backward(const CrossEntropyBackward<T, W>& p, const Host& host) {
+  p.q || p.smoothing > 0 ? backward<true>(p, host) : backward<false>(p, host);
+}
+
+FASTFT_INSTANTIATE(cross_entropy_forward, CrossEntropyForward)
+FASTFT_INSTANTIATE(cross_entropy_backward, CrossEntropyBackward)
+
 }  // namespace FASTFT_NAMESPACE

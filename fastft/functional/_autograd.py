@@ -37,13 +37,17 @@ class Backward(torch.autograd.Function):
             # Aliases, so that an input that was computed from another one is not differentiated through.
             grad_output, *tensors = (None if t is None else t.view_as(t) for t in ctx.saved_tensors)
             output = ctx.reference(*tensors)
-            wanted = [i for i, t in enumerate(tensors) if t is not None and t.requires_grad and grad_grads[i] is not None]
-            first = torch.autograd.grad(output, [tensors[i] for i in wanted], grad_output, create_graph=True, allow_unused=True)
-            pairs = [(g, grad_grads[i]) for g, i in zip(first, wanted, strict=True) if g is not None and g.requires_grad]
             sources = [t for t in (grad_output, *tensors) if t is not None and t.requires_grad]
+            wanted = [(t, gg) for t, gg in zip(tensors, grad_grads, strict=True) if gg is not None]
+            first = torch.autograd.grad(
+                output, [t for t, _ in wanted], grad_output, create_graph=True, allow_unused=True
+            )
+            pairs = [(g, gg) for g, (_, gg) in zip(first, wanted, strict=True) if g is not None and g.requires_grad]
             second = iter([None] * len(sources))
             if pairs:
-                outputs, grads = zip(*pairs, strict=True)
-                second = iter(torch.autograd.grad(outputs, sources, grads, create_graph=create_graph, allow_unused=True))
+                outputs, upstream = zip(*pairs, strict=True)
+                second = iter(
+                    torch.autograd.grad(outputs, sources, upstream, create_graph=create_graph, allow_unused=True)
+                )
         of = [next(second) if t is not None and t.requires_grad else None for t in (grad_output, *tensors)]
         return None, None, *of

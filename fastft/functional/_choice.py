@@ -89,9 +89,11 @@ def unsupported(*tensors):
 
 
 def _is_foreign(tensor):
-    """Subclasses that take operators into their own hands (DTensor, quantised weights); PyTorch's own tracing tensors do not count."""
+    """Subclasses that take operators into their own hands (DTensor, quantised weights), not PyTorch's tracing ones."""
     from torch._subclasses.fake_tensor import FakeTensor
     from torch._subclasses.functional_tensor import FunctionalTensor
 
     dispatch = type(tensor).__torch_dispatch__
-    return not isinstance(tensor, FakeTensor | FunctionalTensor) and dispatch is not torch._C._disabled_torch_dispatch_impl
+    return (
+        not isinstance(tensor, FakeTensor | FunctionalTensor) and dispatch is not torch._C._disabled_torch_dispatch_impl
+    )

@@ -11,8 +11,8 @@ from fastft.functional import _autograd, _choice
 def linear_act(input, weight, bias=None, activation="gelu"):
     """Linear layer and activation in one pass over memory: ``act(input @ weight.T + bias)``.
 
-    Under autocast, ``input`` is converted to autocast's dtype as torch.nn.functional.linear does, while float32 parameters
-    are converted inside the kernel and get float32 gradients.
+    Under autocast, ``input`` is converted to autocast's dtype as torch.nn.functional.linear does, while float32
+    parameters are converted inside the kernel and get float32 gradients.
 
     Args:
         input: ``(*, K)``, float32, bfloat16 or float64 (float16 on CUDA); any strides, empty allowed.
@@ -62,7 +62,9 @@ def _check(input, weight, bias):
         needs = f"(N, {input.shape[-1]})" if input.dim() else "an input of at least one dimension (*, K)"
         raise ValueError(f"linear_act: weight is {tuple(weight.shape)}, input {tuple(input.shape)} needs {needs}")
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"linear_act: bias is {tuple(bias.shape)}, weight {tuple(weight.shape)} needs {tuple(weight.shape[:1])}")
+        raise ValueError(
+            f"linear_act: bias is {tuple(bias.shape)}, weight {tuple(weight.shape)} needs {tuple(weight.shape[:1])}"
+        )
     cast = _autograd.autocast_dtype(input)
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is None:
@@ -91,12 +93,17 @@ def _forward(input, weight, bias, activation, keep):
     """The output, and the pre-activation if the backward will need it."""
     N, K = weight.shape
     rows = _rows(input, K)
-    output = input.new_empty((rows.shape[0], N))
-    preact = torch.empty_like(output) if keep and activation else None
+    output = input.new_empty((*input.shape[:-1], N))  # no view of another tensor: callers may change it in place
+    preact = input.new_empty((rows.shape[0], N)) if keep and activation else None
     torch.ops.fastft.linear_act_forward(
-        output, preact, rows, weight.contiguous(), None if bias is None else bias.contiguous(), activation
+        output.view(rows.shape[0], N),
+        preact,
+        rows,
+        weight.contiguous(),
+        None if bias is None else bias.contiguous(),
+        activation,
     )
-    return output.view(*input.shape[:-1], N), preact
+    return output, preact
 
 
 def _backward(activation, preact, wanted, grad_output, input, weight, bias):

@@ -32,7 +32,9 @@ class MLP(torch.nn.Module):
     Shapes: ``(*, in_features)`` -> ``(*, out_features)``, through ``(*, hidden_features)``.
     """
 
-    def __init__(self, in_features, hidden_features, out_features=None, bias=True, activation="gelu", device=None, dtype=None):
+    def __init__(
+        self, in_features, hidden_features, out_features=None, bias=True, activation="gelu", device=None, dtype=None
+    ):
         super().__init__()
         out_features = in_features if out_features is None else out_features
         self.up = LinearAct(in_features, hidden_features, bias, activation, device, dtype)

@@ -88,8 +88,7 @@ def finetune(
     Raises: ValueError, TypeError, OSError: one sentence that names the argument or place and the value, before any
         training; FloatingPointError: the training loss is no longer finite.
     """
-    options = dict(locals())
-    _check(options)
+    options = _checked(dict(locals()))
     started = time.perf_counter()
     console = Console(quiet=quiet, highlight=False)
     train, held_out = _examples(data, text, label, validation, validation_share, seed)
@@ -98,7 +97,7 @@ def finetune(
 
     transformers.set_seed(seed)
     with checkpoint.transformers_quiet():
-        tokenizer, network, fresh = checkpoint.load_classifier(model, head, names, dropout)
+        tokenizer, network, fresh = checkpoint.load_classifier(model, head, names, options["dropout"])
     length = tokens.longest_row(tokenizer, network.config, max_length)
     indices = {name: index for index, name in enumerate(names)}
     train_tokens, held_out_tokens = (
@@ -139,32 +138,37 @@ def finetune(
 # ---- options
 
 _RULES: dict[str, tuple[type, Callable[[Any], bool], str]] = {
-    "epochs": (Integral, lambda value: value >= 1, "a whole number from 1"),
-    "batch_size": (Integral, lambda value: value >= 1, "a whole number from 1"),
-    "max_length": (Integral, lambda value: value >= 3, "a whole number from 3"),
-    "seed": (Integral, lambda value: 0 <= value < 2**32, f"a whole number from 0 to {2**32 - 1}"),
-    "validation_share": (Real, lambda value: 0 < value < 1, "a number between 0 and 1"),
-    "learning_rate": (Real, lambda value: 0 < value < math.inf, "a number above 0"),
-    "warmup": (Real, lambda value: 0 <= value < 1, "a share of the steps from 0 to below 1"),
-    "weight_decay": (Real, lambda value: 0 <= value < math.inf, "a number from 0"),
-    "clip": (Real, lambda value: 0 <= value < math.inf, "a number from 0"),
-    "dropout": (Real, lambda value: 0 <= value < 1, "None or a probability from 0 to below 1"),
+    "epochs": (int, lambda value: value >= 1, "a whole number from 1"),
+    "batch_size": (int, lambda value: value >= 1, "a whole number from 1"),
+    "max_length": (int, lambda value: value >= 3, "a whole number from 3"),
+    "seed": (int, lambda value: 0 <= value < 2**32, f"a whole number from 0 to {2**32 - 1}"),
+    "validation_share": (float, lambda value: 0 < value < 1, "a number between 0 and 1"),
+    "learning_rate": (float, lambda value: 0 < value < math.inf, "a number above 0"),
+    "warmup": (float, lambda value: 0 <= value < 1, "a share of the steps from 0 to below 1"),
+    "weight_decay": (float, lambda value: 0 <= value < math.inf, "a number from 0"),
+    "clip": (float, lambda value: 0 <= value < math.inf, "a number from 0"),
+    "dropout": (float, lambda value: 0 <= value < 1, "None or a probability from 0 to below 1"),
 }
+_KINDS = {int: Integral, float: Real}
 _CHOICES = {"head": checkpoint.HEADS, "schedule": tuple(SCHEDULES), "dtype": DTYPES}
 
 
-def _check(options: dict[str, Any]) -> None:
+def _checked(options: dict[str, Any]) -> dict[str, Any]:
+    """``options`` with Python's own numbers instead of NumPy's, or a sentence about the first one that is wrong."""
+    checked = dict(options)
     for name, (kind, holds, wanted) in _RULES.items():
         value = options[name]
         if name == "dropout" and value is None:
             continue
-        if not isinstance(value, kind) or isinstance(value, bool):
+        if not isinstance(value, _KINDS[kind]) or isinstance(value, bool):
             raise TypeError(f"finetune: {name}={value!r} is a {type(value).__name__}; {wanted} is needed")
         if not holds(value):
             raise ValueError(f"finetune: {name}={value!r}; {wanted} is needed")
+        checked[name] = kind(value)
     for name, choices in _CHOICES.items():
         if options[name] not in choices:
             raise ValueError(f"finetune: {name}={options[name]!r} is none of {', '.join(choices)}")
+    return checked | {name: bool(options[name]) for name in ("stock", "overwrite", "quiet")}
 
 
 # ---- data

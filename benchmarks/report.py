@@ -1,0 +1,211 @@
+"""Turns results into what people read: Markdown tables, plots, and the README's table between its two markers.
+
+A result file is JSON: {"benchmark", "conditions", "peaks", "rows"}. ``--save`` of a benchmark writes it with its table
+and plot into benchmarks/results/<machine>-<date>/; ``python -m benchmarks.report FOLDER`` renders them again and writes
+the README's part from FOLDER.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastft.testing.timing import conditions, machine_name
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+
+Row = Mapping[str, Any]
+Results = dict[str, Any]
+
+
+def add_options(parser: argparse.ArgumentParser, rounds: int) -> None:
+    """The options that all benchmarks share."""
+    parser.add_argument("--rounds", type=int, default=rounds, help=f"samples per provider ({rounds})")
+    parser.add_argument("--threads", type=int, help="torch's number of threads (torch's own default)")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
+    parser.add_argument("--save", action="store_true", help="write JSON, table and plot under benchmarks/results/")
+
+
+def publish(benchmark: str, rows: Sequence[Row], peaks: Mapping[str, Row], options: argparse.Namespace) -> None:
+    """Prints a benchmark's table, and writes what the options ask for."""
+    results = {"benchmark": benchmark, "conditions": conditions(), "peaks": dict(peaks), "rows": list(rows)}
+    print(render(results))
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
+    if options.save:
+        facts = results["conditions"]
+        folder = RESULTS / f"{machine_name(facts)}-{facts['date']}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{benchmark}.json").write_text(json.dumps(results, indent=1) + "\n")
+        write(folder, benchmark)
+        print(f"saved to {folder.relative_to(ROOT)}", file=sys.stderr)
+
+
+def write(folder: Path, benchmark: str) -> None:
+    """The table and the plot of one result file in a folder of results."""
+    results = json.loads((folder / f"{benchmark}.json").read_text())
+    (folder / f"{benchmark}.md").write_text(render(results))
+    plot(results, folder / f"{benchmark}.png")
+
+
+# ---- tables
+
+
+def render(results: Results) -> str:
+    """Markdown: the table, and below it the conditions that its figures depend on."""
+    cells = TABLES[results["benchmark"]]
+    return table([cells(row) for row in results["rows"]]) + "\n" + _conditions(results) + "\n"
+
+
+def table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Markdown with aligned columns; the keys of the first row are the header."""
+    if not rows:
+        return "nothing measured\n"
+    lines = [list(rows[0]), *([row[name] for name in rows[0]] for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    text = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
+    ]
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([text[0], rule, *text[1:]]) + "\n"
+
+
+def _ops_cells(row: Row) -> dict[str, str]:
+    return {
+        "op": row["op"],
+        "shape": row["sample"],
+        "pass": row["path"],
+        "dtype": row["dtype"],
+        "kernel": row["kernel"],
+        "fastft ms": _time(row["fastft"]),
+        "torch ms": _time(row["torch"]),
+        "x torch": _ratio(row["ratio"]),
+        "% of floor": _percent(row["share"]),
+        "torch's": _percent(row["torch_share"]),
+        "kept MB": _pair(row["kept"]),
+    }
+
+
+def _step_cells(row: Row) -> dict[str, str]:
+    return {
+        "model": row["model"],
+        "batch x length": f"{row['batch']} x {row['length']}",
+        "dtype": row["dtype"],
+        "runs": row["provider"],
+        "step ms": _time(row["time"]),
+        "x stock": _ratio(row["ratio"]),
+        "tokens/s": f"{row['batch'] * row['length'] / row['time']['median']:,.0f}",
+        "% of FMA peak": _percent(row["share"]),
+        "activations MB": f"{row['kept'] / 1e6:,.0f}" if row["kept"] is not None else "-",
+    }
+
+
+TABLES = {"ops": _ops_cells, "step": _step_cells}
+
+
+def _time(spread: Row) -> str:
+    half = (spread["high"] - spread["low"]) / 2 / spread["median"]
+    return f"{spread['median'] * 1e3:.4g} ± {half:.1%}"
+
+
+def _ratio(spread: Row) -> str:
+    return f"{spread['median']:.2f}"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.0%}"
+
+
+def _pair(kept: Sequence[int] | None) -> str:
+    return "-" if kept is None else f"{kept[0] / 1e6:.1f} (torch {kept[1] / 1e6:.1f})"
+
+
+def _conditions(results: Results) -> str:
+    facts = results["conditions"]
+    where = ", ".join(facts["gpus"]) if "--device cuda" in facts["command"] else facts["cpu"]
+    peaks = "; ".join(
+        f"{name}: {p['float32_per_s'] / 1e9:.0f} GFLOP/s float32, {p['bfloat16_per_s'] / 1e9:.0f} bfloat16, "
+        f"copy {p['copy_per_s'] / 1e9:.1f} GB/s"
+        for name, p in results["peaks"].items()
+    )
+    return (
+        f"{where}, {facts['threads']} threads; fastft {facts['fastft']}, torch {facts['torch']}, "
+        f"transformers {facts['transformers']}; {facts['date']}; `{facts['command']}`\n"
+        f"Peaks of the same run: {peaks}. Medians of interleaved rounds ± half the distance of the quartiles."
+    )
+
+
+# ---- plots
+
+
+def plot(results: Results, path: Path) -> None:
+    """A bar per row: how many times faster than PyTorch, with quartiles."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    label = LABELS[results["benchmark"]]
+    rows = [row for row in results["rows"] if row.get("provider") != "stock"]
+    figure, axes = pyplot.subplots(figsize=(8, 1.2 + 0.28 * len(rows)), layout="constrained")
+    ratios = [row["ratio"] for row in rows]
+    medians = [ratio["median"] for ratio in ratios]
+    spread = [[r["median"] - r["low"] for r in ratios], [r["high"] - r["median"] for r in ratios]]
+    colors = ["tab:blue" if median >= 1 else "tab:red" for median in medians]
+    bars = axes.barh([label(row) for row in rows], medians, xerr=spread, color=colors, height=0.7)
+    axes.bar_label(bars, [f"{median:.2f}" for median in medians], padding=6, fontsize=8)
+    axes.axvline(1, color="black", linewidth=1)
+    axes.invert_yaxis()
+    axes.tick_params(labelsize=8)
+    axes.set_xlabel("times faster than PyTorch in the same run")
+    axes.set_title(results["conditions"]["cpu"], fontsize=9)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+LABELS = {
+    "ops": lambda row: f"{row['op']} {row['sample']}, {row['path']}, {row['dtype']}, {row['kernel']}",
+    "step": lambda row: f"{row['model']} {row['batch']} x {row['length']}, {row['dtype']}, {row['provider']}",
+}
+
+
+# ---- the README
+
+
+def update_readme(folder: Path, readme: Path) -> None:
+    """Writes the training step's table of a folder of results between the README's markers.
+
+    Raises: ValueError: ``README.md needs one <!-- benchmarks:begin --> before one <!-- benchmarks:end -->``
+    """
+    text = readme.read_text()
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"{readme.name} needs one {BEGIN} before one {END}")
+    results = json.loads((folder / "step.json").read_text())
+    shown = folder.relative_to(readme.parent).as_posix()
+    block = f"{BEGIN}\n{render(results)}\n![Speed-up of a training step]({shown}/step.png)\n{END}"
+    readme.write_text(text[: text.index(BEGIN)] + block + text[text.index(END) + len(END) :])
+
+
+def main() -> int:
+    """Renders a folder of results again and writes the README's part from it."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
+    parser.add_argument("folder", type=Path, help="benchmarks/results/<machine>-<date>")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    options = parser.parse_args()
+    found = [name for name in TABLES if (options.folder / f"{name}.json").is_file()]
+    if not found:
+        parser.error(f"{options.folder} holds none of {', '.join(f'{name}.json' for name in TABLES)}")
+    for name in found:
+        write(options.folder, name)
+    if "step" in found:
+        update_readme(options.folder.resolve(), options.readme.resolve())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
