@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import report
 from fastft import _library
-from fastft.testing import OpSpec, all_specs
+from fastft.testing import OpSpec, Timed, all_specs
 from fastft.testing.measure import PASSES, Measurement, measure, paths
 from fastft.testing.timing import ROUNDS, BeatsPeak, Peaks
 
@@ -50,9 +50,7 @@ def main() -> int:
 def _options(names: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ops", description=__doc__)
     parser.add_argument("--op", action="append", choices=names, help="only this op (repeatable)")
-    parser.add_argument(
-        "--shape", default="", help="only samples whose name contains this, the small ones of tests too"
-    )
+    parser.add_argument("--shape", default="", help="only samples whose name contains this, those of tests too")
     parser.add_argument(
         "--pass", dest="path", action="append", help=f"{', '.join(PASSES)} or 'grad <argument>' (repeatable)"
     )
@@ -78,7 +76,7 @@ def _cases(spec: OpSpec, options: argparse.Namespace) -> list[tuple[int, str]]:
     if options.shape:
         chosen = [(i, sample) for i, sample in outline if options.shape in sample.why]
     else:
-        chosen = [(i, sample) for i, sample in outline if not spec.small(sample)]
+        chosen = [(i, sample) for i, sample in outline if isinstance(sample, Timed)]
     wanted = options.path or PASSES
     return [(i, p) for i, sample in chosen[: 1 if options.quick else None] for p in paths(spec, sample) if p in wanted]
 
@@ -92,7 +90,7 @@ def _measure(
 
 
 def _label(row: Measurement) -> str:
-    return f"{row.op} {row.sample}, {row.path}, {row.dtype}"
+    return f"{row.op} {row.sample}, {row.path}, {str(row.dtype).removeprefix('torch.')}"
 
 
 if __name__ == "__main__":

@@ -48,11 +48,56 @@ struct LinearActBackward {
   int activation;
 };
 
+// What statistics of T are kept in.
+template <class T> struct StatisticOf { using type = float; };
+template <> struct StatisticOf<double> { using type = double; };
+template <class T> using Statistic = typename StatisticOf<T>::type;
+
+enum Reduction { kNone, kMean, kSum };
+
+// Cross-entropy of the N * S rows x[n, :, s] against class indices or probabilities (one of the two pointers is null).
+template <class T, class W>
+struct CrossEntropyForward {
+  W* loss;                 // (N, S) for kNone, else (1)
+  Statistic<T>* stats;     // (2, N, S) or null: a row's maximum, log of its sum of exp(x - maximum); with q or smoothing (3, N, S): weight of its soft target
+  Statistic<T>* divisor;   // (1) or null: what kMean divided by
+  Statistic<T>* row_loss;  // (N, S), CUDA's workspace where there is a reduction
+  int64_t* invalid;        // (1) the first row whose target is out of range, or -1; on CUDA a device-side assertion fails instead
+  const T* x;              // (N, C, S)
+  const int64_t* target;   // (N, S) or null
+  const W* q;              // (N, C, S) or null
+  const W* w;              // (C) or null: ones
+  int64_t N, C, S;
+  int64_t ignore_index;
+  double smoothing;
+  int reduction;
+};
+
+// Gradients of the logits and of the probabilities.
+template <class T, class W>
+struct CrossEntropyBackward {
+  T* dx;                        // (N, C, S) or null
+  W* dq;                        // (N, C, S) or null
+  const W* dy;                  // (N, S) for kNone, else (1)
+  const Statistic<T>* stats;    // as the forward left them
+  const Statistic<T>* divisor;  // (1) for kMean
+  const T* x;                   // (N, C, S)
+  const int64_t* target;        // (N, S) or null
+  const W* q;                   // (N, C, S) or null
+  const W* w;                   // (C) or null
+  int64_t N, C, S;
+  int64_t ignore_index;
+  double smoothing;
+  int reduction;
+};
+
 // Name of the kernel, name of its arguments. Every line becomes, for each instruction set, an entry of the dispatch table of cpu/isa.cpp
 // (with the pairs of dtypes of FASTFT_CPU_DTYPES), and a function of fastft::cuda.
 #define FASTFT_KERNELS(X)                    \
   X(linear_act_forward, LinearActForward)    \
-  X(linear_act_backward, LinearActBackward)
+  X(linear_act_backward, LinearActBackward)  \
+  X(cross_entropy_forward, CrossEntropyForward) \
+  X(cross_entropy_backward, CrossEntropyBackward)
 
 // Suffix, T, W.
 #define FASTFT_CPU_DTYPES(X) X(f32, float, float) X(bf16, bf16, bf16) X(bf16_f32, bf16, float) X(f64, double, double)

@@ -15,7 +15,9 @@ from tiny import make_checkpoint, make_reviews
 from transformers import AutoConfig, AutoTokenizer, BertConfig, BertModel
 
 import fastft
+from fastft.functional._choice import use_backend
 from fastft.training import checkpoint, data, metrics, tokens
+from fastft.training.classifier import TextClassifierConfig
 
 REVIEWS = make_reviews(300, seed=0)
 
@@ -26,9 +28,9 @@ def model(tmp_path_factory):
 
 
 def train(model, output, reviews=REVIEWS, **options):
-    return fastft.finetune(
-        reviews, model, output, **{"epochs": 2, "learning_rate": 3e-3, "batch_size": 16, "quiet": True, **options}
-    )
+    options = {"epochs": 2, "learning_rate": 3e-3, "batch_size": 16, "quiet": True, **options}
+    with use_backend("fastft"):  # nothing may fall back quietly
+        return fastft.finetune(reviews, model, output, **options)
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["stock", "fastft"])
@@ -313,6 +315,9 @@ def test_long_texts_are_cut_and_counted(model):
     tokenizer, config = AutoTokenizer.from_pretrained(model), AutoConfig.from_pretrained(model)
     length = tokens.longest_row(tokenizer, config, 256)
     assert length == config.max_position_embeddings
+    tokenizer.model_max_length = 10**30  # what a tokenizer says that does not know
+    for known in (config, TextClassifierConfig(encoder=config)):
+        assert tokens.longest_row(tokenizer, known, 256) == length
     texts = ["good " * words for words in (1, length - 3, length - 2, length - 1, 5000)]
     encoded = tokens.encode(tokenizer, texts, [0, 1, 0, 1, 0], length)
     assert encoded.lengths() == [3, length - 1, length, length, length] and encoded.cut == 2

@@ -40,23 +40,33 @@ FASTFT_INLINE F cubic_slope(F z) { return constant<F>(1.5957691216057308) + cons
 template <class F>
 FASTFT_INLINE F steep(F z) { return z * constant<F>(1.702); }
 
-// tanh(log(1 + e)) = n / (n + 2) with n = e (e + 2), e = exp(z); its derivative is 4 e (1 + e) / (n + 2)^2.  Misra 2019, arXiv:1908.08681
+// tanh(log(1 + e)) = n / (n + 2) with e = exp(z), n = e (e + 2); its derivative is 4 e (1 + e) / (n + 2)^2.  Misra 2019, arXiv:1908.08681
 template <class F>
-struct Softened { F e, n; };
+struct Softened {
+  F e, n;
+};
 template <class F>
 FASTFT_INLINE Softened<F> softened(F z) {
-  const F e = exp(z > 20 ? constant<F>(20) : z);  // from there on 2 / n < 2^-56
+  const F e = exp(z > 20 ? constant<F>(20) : z);  // from there on 2 / n is below 2^-56
   return {e, e * (e + 2)};
 }
 template <class F>
 FASTFT_INLINE F tanh_softplus(F z) {
   const F n = softened(z).n;
-  return n / (n + 2);
+  if constexpr (kIsDouble<F>) {
+    return n / (n + 2);
+  } else {  // as n / (n + 2), 0.6 + 0.4 (n - 3) / (n + 2) or 1 - 2 / (n + 2), so that only the last step rounds at the size of the result
+    const auto low = z < -0.5f, high = z > 0.5f;
+    const F q = (low ? n : (high ? constant<F>(-2) : 0.4f * (n - 3.f))) / (n + 2.f);
+    return low ? q : (high ? 1.f + q : 0.6f + (q - 2.3841858e-8f));  // 0.6f exceeds 0.6 by that
+  }
 }
+
 template <class F>
 FASTFT_INLINE F tanh_softplus_slope(F z) {
   const auto [e, n] = softened(z);
-  return z > 20 ? constant<F>(0) : 4 * e * (1 + e) / ((n + 2) * (n + 2));
+  const F m = n + 2;
+  return z > 20 ? constant<F>(0) : 4 * (e + e * e) / (m * m);
 }
 
 template <class F>

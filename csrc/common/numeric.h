@@ -76,18 +76,30 @@ FASTFT_INLINE F times_two_to(F x, F n) {
   return x * bit_cast<F>((half << 23) + 0x3f800000u) * bit_cast<F>(((bits - half) << 23) + 0x3f800000u);
 }
 
-// exp(high + low) = 2^n (1 + expm1), |low| well below 1; the argument's fraction of ln 2 is within +-0.35.
+template <class F>
+FASTFT_INLINE F nearest(F x) { return (x + 12582912.f) - 12582912.f; }  // whole number, |x| < 2^22
+
+// exp(x) = 2^n (1 + expm1), n whole
 template <class F>
 struct ReducedExp {
   F n, expm1;
 };
+// n and r with x = n ln 2 + r; ln 2 comes in two parts, of which the first has 15 bits, so that n times it is exact.
 template <class F>
-FASTFT_INLINE ReducedExp<F> reduced_exp(F high, F low) {
-  const F n = ((high + low) * 1.44269504f + 12582912.f) - 12582912.f;  // to the nearest whole number
-  const F r = ((high - n * 0.693145752f) - n * 1.42860677e-6f) + low;  // ln 2 in two parts: n times the first, of 16 bits, is exact
-  // (exp(r) - 1 - r) / r^2, 2^-28 of exp(r) - 1
+FASTFT_INLINE ReducedExp<F> reduced_exp(F n, F r) {
+  // (exp(r) - 1 - r) / r^2 for |r| < 0.35; 2^-28 of exp(r) - 1
   const F q = polynomial(r, 1.5042386e-4f, 1.3931528e-3f, 8.341709e-3f, 4.1666504e-2f, 0.16666634f, 0.5f);
   return {n, r + r * r * q};
+}
+template <class F>
+FASTFT_INLINE ReducedExp<F> reduced_exp(F x) {
+  const F n = nearest(x * 1.44269504f);
+  return reduced_exp(n, (x - n * 0.693145752f) - n * 1.42860677e-6f);
+}
+template <class F>
+FASTFT_INLINE ReducedExp<F> reduced_exp_of_sum(F high, F low) {
+  const F n = nearest((high + low) * 1.44269504f);
+  return reduced_exp(n, ((high - n * 0.693145752f) - n * 1.42860677e-6f) + low);
 }
 
 template <class F>
@@ -95,7 +107,7 @@ FASTFT_INLINE F exp(F x) {
   if constexpr (kIsDouble<F>) {
     return by_lane(x, [](double v) { return ::exp(v); });
   } else {
-    const auto [n, m] = reduced_exp(clamp(x, -104.f, 89.f), F{});  // exp(-104) < 2^-150, exp(89) > 2^128
+    const auto [n, m] = reduced_exp(clamp(x, -104.f, 89.f));  // exp(-104) < 2^-150, exp(89) > 2^128
     return times_two_to(1.f + m, n);
   }
 }
@@ -105,7 +117,7 @@ FASTFT_INLINE F expm1(F x) {
   if constexpr (kIsDouble<F>) {
     return by_lane(x, [](double v) { return ::expm1(v); });
   } else {
-    const auto [n, m] = reduced_exp(clamp(x, -18.f, 89.f), F{});  // 1 - exp(-18) rounds to 1
+    const auto [n, m] = reduced_exp(clamp(x, -18.f, 89.f));  // 1 - exp(-18) rounds to 1
     const F half = times_two_to(splat<F>(0.5f), n);               // halves, because 2^128 is not a number
     const F y = (half * m + (half - 0.5f)) * 2.f;
     return x == 0.f ? x : y;  // keeps -0
@@ -114,32 +126,40 @@ FASTFT_INLINE F expm1(F x) {
 
 // ---- logarithm
 
-// log(u + 2 c), |c| below an ulp of u; with the limits of log at 0, at infinity and below 0.
+// log(2^k (1 + f)), f between sqrt(1/2) - 1 and sqrt(2) - 1
 template <class F>
-FASTFT_INLINE F log_of_sum(F u, F c) {
-  const auto tiny = u < 1.17549435e-38f;
-  const F scaled = tiny ? u * 8388608.f : u;
-  const Bits<F> bits = bit_cast<Bits<F>>(scaled) - 0x3f3504f3u;  // sqrt(1/2): m is between it and sqrt(2)
-  const Bits<F> exponent = ((bits >> 23) + 0x80u) & 0x1ffu;      // + 128, as the difference may be negative
-  const F k = bit_cast<F>(exponent + 0x4b400000u) - 12583040.f - (tiny ? splat<F>(23.f) : F{});
-  const F m = bit_cast<F>((bits & 0x7fffffu) + 0x3f3504f3u);
-  const F d = c * bit_cast<F>((0x100u - exponent) << 23);  // 2 c / 2^k
-  const F f = (m - 1.f) + d;
-  const F rest = d - (f - (m - 1.f));
-  // (log(1 + f) - f + f^2 / 2) / f^3, 2^-24.7 of log(1 + f)
+struct ReducedLog {
+  F k, f;
+};
+template <class F>
+FASTFT_INLINE ReducedLog<F> reduced_log(F x) {  // normal numbers only
+  const Bits<F> bits = bit_cast<Bits<F>>(x) - 0x3f3504f3u;  // sqrt(1/2)
+  const Bits<F> exponent = ((bits >> 23) + 0x80u) & 0x1ffu;  // k + 128
+  return {bit_cast<F>(exponent + 0x4b400000u) - 12583040.f, bit_cast<F>((bits & 0x7fffffu) + 0x3f3504f3u) - 1.f};
+}
+template <class F>
+FASTFT_INLINE F log(ReducedLog<F> x, F rest) {  // log(2^k (1 + f)) + rest, |rest| below an ulp
+  const F f = x.f, ff = f * f;
+  // (log(1 + f) - f + f^2 / 2) / f^3; 2^-24.7 of log(1 + f)
   const F p = polynomial(f, -7.5152874e-2f, 0.12760882f, -0.13177453f, 0.14200537f, -0.16623119f, 0.20001268f, -0.25000829f, 0.3333333f);
-  const F ff = f * f;
-  const F y = k * 0.693145752f + (f + (((ff * f) * p + (k * 1.42860677e-6f + rest)) - 0.5f * ff));
-  const F limit = u == 0.f ? splat<F>(-HUGE_VALF) : (u > 0.f ? u : splat<F>(NAN));
-  return (u > 0.f) & (u < HUGE_VALF) ? y : limit;
+  return x.k * 0.693145752f + (f + ((f * ff * p + (x.k * 1.42860677e-6f + rest)) - 0.5f * ff));
+}
+template <class F>
+FASTFT_INLINE F with_limits_of_log(F x, F y) {  // y if log(x) is a finite number
+  const F limit = x == 0.f ? splat<F>(-HUGE_VALF) : (x > 0.f ? x : splat<F>(NAN));
+  return (x > 0.f) & (x < HUGE_VALF) ? y : limit;
 }
 
 template <class F>
 FASTFT_INLINE F log(F x) {
-  if constexpr (kIsDouble<F>)
+  if constexpr (kIsDouble<F>) {
     return by_lane(x, [](double v) { return ::log(v); });
-  else
-    return log_of_sum(x, F{});
+  } else {
+    const auto denormal = x < 1.17549435e-38f;
+    auto reduced = reduced_log(denormal ? x * 8388608.f : x);
+    reduced.k = denormal ? reduced.k - 23.f : reduced.k;
+    return with_limits_of_log(x, log(reduced, F{}));
+  }
 }
 
 template <class F>
@@ -147,8 +167,10 @@ FASTFT_INLINE F log1p(F x) {
   if constexpr (kIsDouble<F>) {
     return by_lane(x, [](double v) { return ::log1p(v); });
   } else {
-    const F u = 1.f + x;
-    return log_of_sum(u, 0.5f * (x > 1.f ? 1.f - (u - x) : x - (u - 1.f)));  // what rounding took from u, exact
+    const F u = 1.f + x, lost = x > 1.f ? 1.f - (u - x) : x - (u - 1.f);  // u + lost = 1 + x
+    auto reduced = reduced_log(u);
+    const F more = times_two_to(lost, -reduced.k), f = reduced.f + more, rest = more - (f - reduced.f);
+    return with_limits_of_log(u, log(ReducedLog<F>{reduced.k, f}, rest));
   }
 }
 
@@ -161,11 +183,11 @@ FASTFT_INLINE F sigmoid_tail(F a) {
   return e / (1.f + e);
 }
 
-// tanh(x) - x for |x| < 0.55, where 1 - 2 tail would cancel: x^3 times a fit of (tanh(x) / x - 1) / x^2, 2^-29.8 of tanh(x)
+// tanh(x) - x for |x| < 0.975, where 1 - 2 tail would cancel: x^3 times a fit of (tanh(x) / x - 1) / x^2, 2^-28 of tanh(x)
 template <class F>
 FASTFT_INLINE F tanh_minus_x(F x) {
   const F xx = x * x;
-  return x * xx * polynomial(xx, -6.295476e-3f, 2.1088233e-2f, -5.3856842e-2f, 0.13332637f, -0.3333332f);
+  return x * xx * polynomial(xx, -3.796368e-4f, 2.3680432e-3f, -8.027726e-3f, 2.1535506e-2f, -5.3894483e-2f, 0.13332546f, -0.33333305f);
 }
 
 template <class F>
@@ -174,7 +196,7 @@ FASTFT_INLINE F tanh(F x) {
     return by_lane(x, [](double v) { return ::tanh(v); });
   } else {
     const F a = abs(x), y = 1.f - 2.f * sigmoid_tail(2.f * a);
-    return a < 0.55f ? x + tanh_minus_x(x) : (x < 0.f ? -y : y);
+    return a < 0.975f ? x + tanh_minus_x(x) : (x < 0.f ? -y : y);
   }
 }
 
@@ -193,7 +215,7 @@ FASTFT_INLINE F sigmoid(F x) {
 template <class F>
 FASTFT_INLINE F sigmoid_slope(F x) {
   const F tail = sigmoid_tail(abs(x));
-  return tail * (1 - tail);
+  return tail - tail * tail;
 }
 
 // ---- standard normal distribution
@@ -209,7 +231,7 @@ FASTFT_INLINE Normal<F> normal(F z) {
   } else {
     const F x = clamp(z, -14.5f, 14.5f);  // beyond, the pdf is below 2^-150
     const F top = bit_cast<F>(bit_cast<Bits<F>>(x) & 0xfffff000u);  // of 12 bits, so that its square is exact
-    const auto [n, m] = reduced_exp(-0.5f * (top * top), -0.5f * ((x + top) * (x - top)));
+    const auto [n, m] = reduced_exp_of_sum(-0.5f * (top * top), -0.5f * ((x + top) * (x - top)));
     const F e = times_two_to(1.f + m, n);
     // Phi(-a) = exp(-a^2 / 2) P(a) / Q(a): a fit of erfcx on 0.875 <= a <= 14.5, 2^-27.6, all terms positive
     const F a = abs(x);

@@ -227,7 +227,7 @@ void forward_group(const R& rows, const Group& g, Sums& sums) {
   if (p.stats) {
     store(p.stats + g.row, online.max, g.rows);
     store(p.stats + rows.count + g.row, log_sum, g.rows);
-    if (p.q) store(p.stats + 2 * rows.count + g.row, online.mass, g.rows);
+    if constexpr (kSoft) store(p.stats + 2 * rows.count + g.row, online.mass, g.rows);
   }
   for (int r = 0; r < g.rows; ++r) sums.loss += double(loss[r]), sums.weight += double(t.weight[r]);
   if (sums.invalid < 0) sums.invalid = t.invalid;
@@ -247,9 +247,8 @@ void forward(const CrossEntropyForward<T, W>& p, const Host& host) {
     all.weight += sums[task].weight;
     if (all.invalid < 0) all.invalid = sums[task].invalid;
   }
-  const double divisor = p.reduction == kMean ? all.weight : 1;
-  if (p.reduction != kNone) *p.loss = from_float<W>(F(all.loss / divisor));
-  if (p.divisor) *p.divisor = F(divisor);
+  if (p.reduction != kNone) *p.loss = from_float<W>(F(p.reduction == kMean ? all.loss / all.weight : all.loss));
+  if (p.divisor) *p.divisor = F(all.weight);
   *p.invalid = all.invalid;
 }
 
@@ -310,14 +309,16 @@ void backward_across(const R& rows, const Group& g, const Targets<typename R::F>
   }
 }
 
-template <bool kSoft, class R, class F>
-void backward_group(const R& rows, const Group& g, F mass) {
+template <bool kSoft, class R>
+void backward_group(const R& rows, const Group& g) {
+  using F = typename R::F;
   using V = Vec<F>;
   const auto& p = rows.p;
   const Targets<F> t = rows.targets(g);
   const V max = load(p.stats + g.row, g.rows), log_sum = load(p.stats + rows.count + g.row, g.rows);
-  const V grad = (p.reduction == kNone ? load(p.dy + g.row, g.rows) : broadcast(F(to_float(*p.dy)))) / *p.divisor;
-  const V hard = grad * load(t.hard), soft = grad * (p.q ? load(p.stats + 2 * rows.count + g.row, g.rows) : broadcast(mass));
+  V grad = p.reduction == kNone ? load(p.dy + g.row, g.rows) : broadcast(F(to_float(*p.dy)));
+  if (p.reduction == kMean) grad /= *p.divisor;
+  const V hard = grad * load(t.hard), soft = kSoft ? grad * load(p.stats + 2 * rows.count + g.row, g.rows) : V{};
   const Scales<V> by = {max, log_sum, grad, hard, (hard + soft) * exp(-log_sum)};
   if (rows.across) return backward_across<kSoft>(rows, g, t, by);
   for (int r = 0; r < g.rows; ++r) {
@@ -329,16 +330,6 @@ void backward_group(const R& rows, const Group& g, F mass) {
   }
 }
 
-template <bool kSoft, class T, class W>
-void backward(const CrossEntropyBackward<T, W>& p, const Host& host) {
-  using F = Compute<T>;
-  const Rows<T, W, CrossEntropyBackward<T, W>> rows{p};
-  Vec<F> weights = {};  // of class indices, the sum of k is every row's
-  if (kSoft) for_lanes<F>(rows.C, [&](int64_t c, auto load, auto) { weights += p.w ? load(p.w + c) : Vec<F>{}; });
-  const F mass = p.w ? rows.share * sum_lanes<F>(weights) : F(p.smoothing);
-  rows.for_groups(host, [&](const Group& g, int64_t) { backward_group<kSoft>(rows, g, mass); });
-}
-
 }  // namespace
 
 template <class T, class W>
@@ -348,7 +339,8 @@ void cross_entropy_forward(const CrossEntropyForward<T, W>& p, const Host& host)
 
 template <class T, class W>
 void cross_entropy_backward(const CrossEntropyBackward<T, W>& p, const Host& host) {
-  p.q || p.smoothing > 0 ? backward<true>(p, host) : backward<false>(p, host);
+  const Rows<T, W, CrossEntropyBackward<T, W>> rows{p};
+  rows.for_groups(host, [&](const Group& g, int64_t) { p.q || p.smoothing > 0 ? backward_group<true>(rows, g) : backward_group<false>(rows, g); });
 }
 
 FASTFT_INSTANTIATE(cross_entropy_forward, CrossEntropyForward)

@@ -159,6 +159,14 @@ void copy_panels(typename Tile::Unit* out, Operand<T> a, int64_t M, int64_t K, i
   }
 }
 
+inline void prefetch_for_write(Target target, int64_t row, int64_t col, int rows, int cols) {
+  if (!target.data) return;
+  for (int i = 0; i < rows; ++i) {
+    const char* const line = static_cast<const char*>(target.data) + (row + i) * target.row_bytes + col * target.element_bytes;
+    for (int64_t byte = 0; byte < int64_t(cols) * target.element_bytes; byte += 64) __builtin_prefetch(line + byte, 1);
+  }
+}
+
 }  // namespace
 
 Partition partition(int64_t M, int64_t N, int tile_rows, int tile_cols, int threads) {
@@ -232,6 +240,8 @@ void gemm(int64_t M, int64_t N, int64_t K, Operand<TA> a, Operand<TB> b, Epilogu
         for (int64_t t = 0; t < tiles; ++t) {
           Acc* const c_tile = c + (panel * tiles + t) * (kTileRows * kCols);
           const int live = int(rows - t * kTileRows < kTileRows ? rows - t * kTileRows : kTileRows);
+          if (to == depth)
+            for (const Target& target : epilogue.writes) prefetch_for_write(target, row0 + t * kTileRows, col, live, cols);
           if (a.depth_major)
             tile_of_rows<Tile, 1, kPanelRows>(live, c_tile, rows_of_a + t * tile_units, b_block, to - from, from > 0);
           else

@@ -34,6 +34,9 @@ constexpr int kLanes = kVectorBytes / int(sizeof(T));
 
 template <> struct Number<Vec<float>> { using Scalar = float; using Bits = Vec<uint32_t>; };
 template <> struct Number<Vec<double>> { using Scalar = double; using Bits = Vec<uint64_t>; };
+#if defined(FASTFT_ISA_AVX512) || defined(FASTFT_ISA_AVX512_BF16)
+template <> FASTFT_INLINE Vec<float> times_two_to(Vec<float> x, Vec<float> n) { return _mm512_maskz_scalef_ps(0xffff, x, n); }
+#endif
 
 template <class T>
 inline Vec<T> broadcast(T value) {

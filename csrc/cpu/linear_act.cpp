@@ -89,8 +89,10 @@ void grad_preact(T* dz, W* db, const T* dy, const T* z, int64_t M, int64_t N, co
 template <class T, class W>
 void linear_act_forward(const LinearActForward<T, W>& p, const Host& host) {
   dispatch_activation(p.activation, [&](auto activation) {
+    constexpr int size = sizeof(T);
     const ForwardEpilogue<T, W, activation.value> epilogue{p};
-    gemm<T>(p.M, p.N, p.K, Operand<T>{p.x, p.K, false}, Operand<W>{p.w, p.K, false}, {&epilogue.run, &epilogue}, host);
+    gemm<T>(p.M, p.N, p.K, Operand<T>{p.x, p.K, false}, Operand<W>{p.w, p.K, false}, 
+            {&epilogue.run, &epilogue, {{p.y, p.N * size, size}, {p.z, p.N * size, size}}}, host);
   });
 }
 
@@ -108,11 +110,13 @@ void linear_act_backward(const LinearActBackward<T, W>& p, const Host& host) {
   });
   if (p.dx) {
     const StoreEpilogue<T, T> epilogue{p.dx, p.K};
-    gemm<T>(p.M, p.K, p.N, Operand<T>{dz, p.N, false}, Operand<W>{p.w, p.K, true}, {&epilogue.run, &epilogue}, host);
+    gemm<T>(p.M, p.K, p.N, Operand<T>{dz, p.N, false}, Operand<W>{p.w, p.K, true},
+            {&epilogue.run, &epilogue, {{p.dx, p.K * int64_t(sizeof(T)), sizeof(T)}, {}}}, host);
   }
   if (p.dw) {
     const StoreEpilogue<T, W> epilogue{p.dw, p.K};
-    gemm<T>(p.N, p.K, p.M, Operand<T>{dz, p.N, true}, Operand<T>{p.x, p.K, true}, {&epilogue.run, &epilogue}, host);
+    gemm<T>(p.N, p.K, p.M, Operand<T>{dz, p.N, true}, Operand<T>{p.x, p.K, true},
+            {&epilogue.run, &epilogue, {{p.dw, p.K * int64_t(sizeof(W)), sizeof(W)}, {}}}, host);
   }
 }
 

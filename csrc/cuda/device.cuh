@@ -1,4 +1,5 @@
-// What every CUDA kernel uses: launch(), grid sizes, reductions over a warp and a block. Compiled by nvcc, and by g++ against tests/simt.
+// What every CUDA kernel uses: launch(), grid sizes, reductions over a warp and a block.
+// Kernels are compiled by nvcc, and by g++ against the host implementation of CUDA in tests/simt.
 #pragma once
 #include <cuda_runtime.h>
 #include <cxxabi.h>
@@ -22,7 +23,8 @@ __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a
 
 // Kernels are numbered along x only, which reaches 2^31 - 1 blocks; y and z end at 65535.
 inline dim3 grid_of(int64_t blocks) {
-  if (blocks >= int64_t(1) << 31) throw std::runtime_error("fastft: " + std::to_string(blocks) + " blocks are more than a CUDA grid holds");
+  if (blocks >= int64_t(1) << 31)
+    throw std::runtime_error("fastft: " + std::to_string(blocks) + " blocks are more than a CUDA grid holds");
   return dim3(unsigned(blocks));
 }
 
@@ -40,17 +42,20 @@ struct AsGiven {
   using type = T;
 };
 
-// Starts kernel(args...) on the stream, `shared` bytes of dynamic shared memory; an empty grid is no work. g++ cannot parse <<<>>>.
+// Starts kernel(args...) with `shared` bytes of dynamic shared memory; an empty grid is no work. Not <<<>>>, which g++
+// cannot parse.
 template <class... P>
-void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, Stream stream, typename AsGiven<P>::type... args) {
+void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, Stream stream,
+            typename AsGiven<P>::type... args) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   void* pointers[] = {&args...};
   const cudaError_t error = cudaLaunchKernel(kernel, grid, block, pointers, shared, static_cast<cudaStream_t>(stream));
   if (error != cudaSuccess)
-    throw std::runtime_error("fastft: " + kernel_name(reinterpret_cast<const void*>(kernel)) + ": CUDA error: " + cudaGetErrorString(error));
+    throw std::runtime_error("fastft: " + kernel_name(reinterpret_cast<const void*>(kernel)) +
+                             ": CUDA error: " + cudaGetErrorString(error));
 }
 
-// ---- reductions; op is commutative, every thread gets the same bits, in an order that depends on nothing but the block's size
+// ---- reductions by a commutative op: every thread gets the same bits; the order depends on the block's size only
 
 struct Sum {
   template <class F>

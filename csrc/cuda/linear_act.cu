@@ -1,22 +1,22 @@
-// Fused linear layer and activation:  z = x w^T + b,  y = act(z);   backward: dz = dy act'(z),  dx = dz w,  dw = dz^T x,
-// db = sum over rows of dz.     x (M, K) T    w (N, K), b (N) W    y, z, dy (M, N) T.   z is stored for the backward.
-// One kernel makes all three products: it reads its operands through accessors, of which one computes dz as it is read
-// (K / 64 or N / 64 times each element, but it is never stored and needs no workspace), and stores through an epilogue.
-// Floor: 2 M N K FLOPs for each product, on the FMA units. Tensor cores are not used yet: this one serves any size,
-// alignment and dtype. Everything accumulates in fp32 (fp64 for fp64), in an order that depends on the sizes alone, and
-// is rounded once, at the store.
+// Fused linear layer and activation:  z = x w^T + b,  y = act(z);
+// backward:  dz = dy act'(z),  dx = dz w,  dw = dz^T x,  db = sum over rows of dz
+//   x (M, K) T    w (N, K), b (N) W    y, z, dy (M, N) T.   z is stored for the backward, nothing else.
+// Floor: 2 M N K FLOPs for each product, on the FMA units: tensor cores are not used, this serves any size and dtype.
+// One kernel makes all three products. It reads its operands through accessors, one of which computes dz as it is read
+// (ceil(K / 64) times each element for dx and again for dw), so that no workspace is needed; it stores through an
+// epilogue. Sums are fp32 (fp64 for fp64), in an order that depends on sizes only, rounded once, at the store.
 #include "activation.h"
 #include "device.cuh"
 
 namespace fastft::cuda {
 namespace {
 
-constexpr int kTile = 64;            // rows and columns of the result per block
-constexpr int kDepth = 16;           // of a step: 2 operands x 16 x 68 x 8 bytes = 17 kB of shared memory in fp64
+constexpr int kTile = 64;   // rows and columns of the result per block
+constexpr int kDepth = 16;  // of a step: 2 operands x 16 x 68 x 8 bytes = 17 kB of shared memory in fp64
 constexpr int kThreads = 256;
-constexpr int kMicro = 4;            // rows and columns of the result per thread: 16 x 16 threads
-constexpr int kPitch = kTile + 4;    // rows stay 16-byte aligned; 4 banks apart, so that stores along the depth spread
-constexpr int kPartialDepth = 128;   // products summed before they are added to the result: one sum over K = 3072 has 4x the error
+constexpr int kMicro = 4;           // rows and columns of the result per thread: 16 x 16 threads
+constexpr int kPitch = kTile + 4;   // rows stay 16-byte aligned; 4 banks apart, so that stores along the depth spread
+constexpr int kPartialDepth = 128;  // products in a partial sum: a single sum over K = 3072 has 4x the error
 
 // One copy of the table per number type: inlined, its branches would be most of every kernel.
 template <class F>
@@ -78,14 +78,17 @@ struct Store {
   Out* out;
   int64_t stride;
 
-  __device__ void operator()(int64_t i, int64_t j, Compute<Out> value) const { out[i * stride + j] = from_float<Out>(value); }
+  __device__ void operator()(int64_t i, int64_t j, Compute<Out> value) const {
+    out[i * stride + j] = from_float<Out>(value);
+  }
 };
 
 // ---- kernels
 
 // Neighbouring threads read neighbouring elements, whichever way the operand is stored.
 template <class F, class Operand>
-__device__ void load_tile(F (&tile)[kDepth][kPitch], const Operand& x, int64_t row, int64_t rows, int64_t from, int64_t depth) {
+__device__ void load_tile(F (&tile)[kDepth][kPitch], const Operand& x, int64_t row, int64_t rows, int64_t from,
+                          int64_t depth) {
   for (int e = threadIdx.x; e < kTile * kDepth; e += kThreads) {
     const int i = Operand::kDepthContiguous ? e / kDepth : e % kTile;
     const int d = Operand::kDepthContiguous ? e % kDepth : e / kTile;
@@ -95,7 +98,8 @@ __device__ void load_tile(F (&tile)[kDepth][kPitch], const Operand& x, int64_t r
 
 // epilogue(i, j, sum over d < depth of a(i, d) b(j, d)) for i < rows, j < cols.
 template <class F, class A, class B, class Epilogue>
-__global__ void __launch_bounds__(kThreads) product_kernel(A a, B b, Epilogue epilogue, int64_t rows, int64_t cols, int64_t depth) {
+__global__ void __launch_bounds__(kThreads)
+    product_kernel(A a, B b, Epilogue epilogue, int64_t rows, int64_t cols, int64_t depth) {
   alignas(16) __shared__ F tile_a[kDepth][kPitch];
   alignas(16) __shared__ F tile_b[kDepth][kPitch];
   const int64_t tiles = ceil_div(cols, kTile);
@@ -115,10 +119,13 @@ __global__ void __launch_bounds__(kThreads) product_kernel(A a, B b, Epilogue ep
           for (int j = 0; j < kMicro; ++j) partial[i][j] += tile_a[k][i0 + i] * tile_b[k][j0 + j];
       __syncthreads();  // before the next step overwrites the tiles
     }
+#pragma unroll
     for (int i = 0; i < kMicro; ++i)
       for (int j = 0; j < kMicro; ++j) sum[i][j] += partial[i][j];
   }
+#pragma unroll  // or sum would have to live in memory
   for (int i = 0; i < kMicro; ++i)
+#pragma unroll
     for (int j = 0; j < kMicro; ++j)
       if (row + i0 + i < rows && col + j0 + j < cols) epilogue(row + i0 + i, col + j0 + j, sum[i][j]);
 }
@@ -148,7 +155,8 @@ __global__ void __launch_bounds__(kThreads) column_sums_kernel(Out* out, X x, in
 // ---- launchers
 
 template <class F, class A, class B, class Epilogue>
-void product(const A& a, const B& b, const Epilogue& epilogue, int64_t rows, int64_t cols, int64_t depth, Stream stream) {
+void product(const A& a, const B& b, const Epilogue& epilogue, int64_t rows, int64_t cols, int64_t depth,
+             Stream stream) {
   const dim3 grid = grid_of(ceil_div(rows, kTile) * ceil_div(cols, kTile));
   launch(product_kernel<F, A, B, Epilogue>, grid, kThreads, 0, stream, a, b, epilogue, rows, cols, depth);
 }
@@ -157,7 +165,8 @@ void product(const A& a, const B& b, const Epilogue& epilogue, int64_t rows, int
 
 template <class T, class W>
 void linear_act_forward(const LinearActForward<T, W>& p, Stream stream) {
-  product<Compute<T>>(Matrix<T, false>{p.x, p.K}, Matrix<W, false>{p.w, p.K}, BiasActivation<T, W>{p}, p.M, p.N, p.K, stream);
+  product<Compute<T>>(Matrix<T, false>{p.x, p.K}, Matrix<W, false>{p.w, p.K}, BiasActivation<T, W>{p}, p.M, p.N, p.K,
+                      stream);
 }
 
 template <class T, class W>
@@ -173,7 +182,7 @@ void linear_act_backward(const LinearActBackward<T, W>& p, Stream stream) {
   }
 }
 
-#define FASTFT_X(suffix, T, W)                                             \
+#define FASTFT_X(suffix, T, W)                                                   \
   template void linear_act_forward<T, W>(const LinearActForward<T, W>&, Stream); \
   template void linear_act_backward<T, W>(const LinearActBackward<T, W>&, Stream);
 FASTFT_CUDA_DTYPES(FASTFT_X)

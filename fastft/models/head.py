@@ -26,7 +26,8 @@ def with_cross_entropy(stock):
             kwargs["labels"] = None
         return_dict = kwargs.pop("return_dict", None)
         output = stock.forward(self, *args, **kwargs, return_dict=True)
-        loss = functional.cross_entropy(output.logits.view(-1, self.num_labels), labels.view(-1).to(output.logits.device))
+        logits = output.logits.view(-1, self.num_labels)
+        loss = functional.cross_entropy(logits, labels.view(-1).to(logits.device))
         output = type(output)(loss=loss, **output)
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 

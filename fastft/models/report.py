@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from fastft.functional import _choice
-from fastft.models.optimize import calls_ours, check_module, obstacles, sharded_modules
+from fastft.models.optimize import check_module, obstacles, sharded_modules
 from fastft.models.swap import Swapped, adapter, known_base, replacement
 
 NOT_REPLACED = "fastft has no replacement for it"
@@ -40,7 +40,7 @@ def report(model):
 
 @dataclass(frozen=True)
 class Line:
-    """One module: its name in ``named_modules``, the name of its class, and why PyTorch's kernels run there (None: ours do)."""
+    """One module: its name in ``named_modules``, the name of its class, and why PyTorch runs it (None: we do)."""
 
     name: str
     kind: str
@@ -59,7 +59,7 @@ class Report:
     lines: tuple[Line, ...]
 
     def as_dict(self):
-        """``{"modules": {name: {"runs": "fastft" or "torch", "reason": None or a sentence}}}``; "" is the model itself."""
+        """``{"modules": {name: {"runs": "fastft" or "torch", "reason": None or a sentence}}}``; "" is the model."""
         return {"modules": {line.name: {"runs": line.runs, "reason": line.reason} for line in self.lines}}
 
     def __str__(self):
@@ -101,12 +101,20 @@ def _why_not(module, is_sharded):
     """Why a swapped module runs on PyTorch's kernels all the same, None if it runs on ours."""
     if _choice.backend() == "torch":
         return "FASTFT_BACKEND is torch"
-    if "forward" in vars(module) and not calls_ours(module):
+    if "forward" in vars(module) and not _calls_ours(module):
         return "its forward was replaced after optimize"
     parts = [part for name in module._fastft_parts if isinstance(part := getattr(module, name), torch.nn.Module)]
     tensors = [tensor for owner in (module, *parts) for tensor in owner.parameters(recurse=False)]
     tensors = [] if is_sharded else tensors  # between calls they are DTensors, in the forward plain ones
     return module._fastft_why_not() or _choice.unsupported(*tensors)
+
+
+def _calls_ours(module):
+    """Whether the wrapped forward of a swapped module leads to ours, as far as ``__wrapped__`` tells."""
+    forward = module.forward
+    while forward is not None and getattr(forward, "__func__", forward) is not type(module).forward:
+        forward = getattr(forward, "__wrapped__", None)
+    return forward is not None
 
 
 def _why_left(name, module, model, kept):
@@ -130,4 +138,5 @@ def _why_left(name, module, model, kept):
 
 def _is_known(module):
     """Whether fastft knows more of the module's architecture than that there are linear layers in it."""
-    return not isinstance(module, torch.nn.Linear) and (isinstance(module, Swapped) or replacement(type(module)) is not None)
+    is_known = isinstance(module, Swapped) or replacement(type(module)) is not None
+    return is_known and not isinstance(module, torch.nn.Linear)

@@ -9,14 +9,13 @@ import torch
 from torch.nn.modules import module as torch_module
 from transformers.modeling_utils import _CAN_RECORD_REGISTRY
 from transformers.utils import ModelOutput
-from transformers.utils.output_capturing import _active_collector
 
 
 class Swapped:
     """First base of every class that replaces another one; the second base is the class that it replaces.
 
-    Both have the same name, and ours can be imported from its module under it, so that pickle, deepcopy and DataParallel's
-    replicas find it. Instances are never built: ``optimize`` changes the ``__class__`` of existing ones.
+    Both have the same name, and ours can be imported from its module under it, so that pickle, deepcopy and
+    DataParallel's replicas find it. ``optimize`` changes the ``__class__`` of existing instances.
     """
 
     _fastft_dtype = None  # what optimize(dtype=…) asked for, where it is not what the parameters and autocast say
@@ -34,11 +33,13 @@ class Swapped:
 
 
 def replaces(original):
-    """Decorates the ``forward`` that stands for ``original``: same signature, computed in the dtype that was asked for."""
+    """Decorates the ``forward`` that stands for ``original``: its signature, in the dtype that was asked for."""
 
     def decorate(forward):
         @functools.wraps(original)
         def in_dtype(self, *args, **kwargs):
+            if not isinstance(self, Swapped):  # restored, while a wrapper (accelerate's, say) still leads here
+                return original(self, *args, **kwargs)
             if self._fastft_dtype is None:
                 return forward(self, *args, **kwargs)
             device = next((v.device.type for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)), "cpu")
@@ -69,8 +70,8 @@ def _float32(value):
 def adapter(stock):
     """The Python module that holds the replacement of the class ``stock``, or None.
 
-    For torch.nn.Linear it is linear.py, for transformers.models.<architecture> it is <architecture>.py; any other class names
-    its own in ``_fastft_adapter``.
+    For torch.nn.Linear it is linear.py, for transformers.models.<architecture> it is <architecture>.py; any other class
+    names its own in ``_fastft_adapter``.
     """
     home = vars(stock).get("_fastft_adapter")
     if stock is torch.nn.Linear:
@@ -92,12 +93,12 @@ def known_base(kind):
 
 
 def replaced(ours):
-    """The class that ``ours`` replaces; None if it is no replacing class, or was made from one (fully_shard does that)."""
+    """The class that ``ours`` replaces; None if it was made from a replacing class (fully_shard does that)."""
     return ours.__bases__[1] if ours.__bases__[0] is Swapped else None
 
 
 def watched(module):
-    """Why ``module`` has to be called and cannot be skipped, its work being done elsewhere; None if nobody would notice."""
+    """Why ``module`` has to be called, its work cannot be done elsewhere; None if nobody would notice."""
     if "forward" in module.__dict__:
         return "has a wrapped forward"
     if torch_module._has_any_global_hook():
@@ -109,9 +110,11 @@ def watched(module):
 
 
 def _counts(hook):
-    """One call with output_attentions leaves transformers' capturing hooks in the model for good: they see something only
-    while a call collects outputs."""
-    return getattr(hook, "__name__", "") != "output_capturing_hook" or bool(_active_collector.get())
+    """Whether a hook sees something: transformers' capturing hooks, which one call with output_attentions leaves behind
+    for good, do so only while a call collects outputs."""
+    if getattr(hook, "__name__", "") != "output_capturing_hook":
+        return True
+    return bool(hook.__globals__["_active_collector"].get())
 
 
 def is_sharded(module):

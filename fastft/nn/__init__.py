@@ -1,5 +1,6 @@
 """torch.nn modules over fastft.functional: same parameters, names and state_dict as torch's."""
 
+from fastft.nn.cross_entropy import CrossEntropyLoss
 from fastft.nn.linear_act import MLP, LinearAct
 
-__all__ = ["MLP", "LinearAct"]
+__all__ = ["MLP", "CrossEntropyLoss", "LinearAct"]

@@ -188,11 +188,11 @@ def evaluate_op(
     arguments, wanted = spec.named(sample), spec.differentiable(sample)
     yardstick = torch.float32 if dtype == torch.float64 else dtype
 
-    def grad_output(shape: torch.Size) -> torch.Tensor:
+    def grad_output(*shape: int) -> torch.Tensor:
         return TensorMaker(dtype, device, seed + 1_000_000)(*shape)
 
     awkward = {name: guard(value) if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
-    ours = run(spec.op, awkward, wanted, lambda shape: guard(grad_output(shape)))
+    ours = run(spec.op, awkward, wanted, lambda *shape: guard(grad_output(*shape)))
     theirs = run(spec.reference, cast(arguments, yardstick), wanted, grad_output)
     truth = run(spec.reference, cast(arguments, torch.float64), wanted, grad_output)
     return ours, theirs, truth
@@ -202,14 +202,17 @@ def run(
     function: Callable[..., torch.Tensor],
     arguments: Mapping[str, Any],
     wanted: Iterable[str],
-    grad_output: Callable[[torch.Size], torch.Tensor],
+    grad_output: Callable[..., torch.Tensor],
 ) -> dict[str, torch.Tensor]:
-    """``output`` and ``grad <name>`` for each wanted argument of ``function(**arguments)``."""
+    """``output`` and ``grad <name>`` for each wanted argument of ``function(**arguments)``.
+
+    ``grad_output(*shape)`` makes the gradient that the backward starts from.
+    """
     leaves = {name: arguments[name].detach().requires_grad_() for name in wanted}
     output = function(**{**arguments, **leaves})
     results = {"output": output}
     if leaves:
-        grads = torch.autograd.grad(output, list(leaves.values()), grad_output(output.shape).to(output.dtype))
+        grads = torch.autograd.grad(output, list(leaves.values()), grad_output(*output.shape).to(output.dtype))
         results |= {f"grad {name}": grad for name, grad in zip(leaves, grads, strict=True)}
     return results
 

@@ -21,7 +21,11 @@ class Sample:
         self.why, self.args, self.kwargs = why, args, kwargs
 
     def __repr__(self) -> str:
-        return f"Sample({self.why!r})"
+        return f"{type(self).__name__}({self.why!r})"
+
+
+class Timed(Sample):
+    """A sample that benchmarks time, named by its sizes."""
 
 
 class TensorMaker:
@@ -56,8 +60,8 @@ class TensorMaker:
 class OpSpec:
     """What has to be known of an op to test it and to time it.
 
-    ``samples(t)`` is a generator function: cases are made one at a time, so the list may hold large ones. Small cases
-    (``small``) are tested in every way; the others are timed, and their errors are checked. Keep small ones first.
+    ``samples(t)`` is a generator function: cases are made one at a time, so the list may hold large ones, small ones
+    first. Small samples (``small``) are tested in every way, others for their errors only; ``Timed`` ones are timed.
     ``sizes(**arguments)`` takes an op's arguments by name and returns what ``flops``, ``bytes`` and the values of
     ``gradients`` are called with (``bytes`` with the size of an element behind).
     """
@@ -96,10 +100,14 @@ class OpSpec:
         maker.device = torch.device(device)
         return next(cases)
 
-    def small(self, sample: Sample) -> bool:
-        """Whether a test may call it hundreds of times: fewer than 10 MFLOP, fewer than 1 MB."""
+    def cost(self, sample: Sample) -> float:
+        """A rough time of the forward in float32, in seconds: 100 GFLOP/s and 10 GB/s."""
         sizes = self.sizes(**self.named(sample))
-        return self.flops(*sizes) < 1e7 and self.bytes(*sizes, 4) < 1e6
+        return self.flops(*sizes) / 1e11 + self.bytes(*sizes, 4) / 1e10
+
+    def small(self, sample: Sample) -> bool:
+        """Whether a test may call it hundreds of times."""
+        return self.cost(sample) < 2e-4
 
     def named(self, sample: Sample) -> dict[str, Any]:
         """The sample's arguments by name, those left at their default too."""

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -50,7 +51,7 @@ def transformers_quiet() -> Iterator[None]:
 def load_classifier(
     name: str | os.PathLike, head: str, labels: Sequence[str], dropout: float | None
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedModel, list[str]]:
-    """Loads tokenizer and encoder of a checkpoint under a new classification head with the given label names.
+    """Loads tokenizer and encoder, in float32, of a checkpoint under a new classification head for the given labels.
 
     Args:
         name: a folder or a name on the Hugging Face hub.
@@ -73,7 +74,7 @@ def load_classifier(
         raise ValueError(f"model={str(name)!r} is a TextClassifier, which has no pooler: pass head='cls'")
     model_class = TextClassifier if head == "cls" else AutoModelForSequenceClassification
     model, loaded = model_class.from_pretrained(
-        name, config=config, output_loading_info=True, ignore_mismatched_sizes=True
+        name, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
     )
     fresh = sorted(loaded["missing_keys"] | {key for key, *_ in loaded["mismatched_keys"]})
     lost = [key for key in fresh if key.startswith(f"{model.base_model_prefix}.") and ".pooler." not in key]

@@ -19,12 +19,12 @@ from transformers import (
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils import can_return_tuple
 
-# Arguments of from_pretrained that say where a checkpoint is, and some that say how it is loaded and are no field to change
-# though a configuration may have one of that name.
+# Arguments of from_pretrained that say where a checkpoint is.
 _PLACE = (
     *("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token"),
     *("trust_remote_code", "code_revision"),
 )
+# Those that say how it is loaded, though configurations have fields of these names.
 _HOW = ("dtype", "torch_dtype", "quantization_config")
 
 
@@ -34,8 +34,8 @@ class TextClassifierConfig(PreTrainedConfig):
     Args:
         encoder: the encoder's configuration, or the dict of one; BERT's default when None.
         classifier_dropout: dropout before the head; None takes the encoder's, as its own classifiers would.
-        kwargs: labels (``num_labels``, ``id2label``, ``label2id``, ``problem_type``) and whatever else every configuration
-            has; what is not given of the labels is the encoder configuration's.
+        kwargs: ``num_labels``, ``id2label``, ``label2id``, ``problem_type``, by default those of the encoder's
+            configuration, and whatever else every configuration has.
     """
 
     model_type = "fastft_text_classifier"
@@ -85,7 +85,9 @@ class TextClassifier(PreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.loss_type = "ForSequenceClassification"
-        self.encoder = AutoModel.from_config(config.encoder, **_without_pooler(config.encoder)) if encoder is None else encoder
+        if encoder is None:
+            encoder = AutoModel.from_config(config.encoder, **_without_pooler(config.encoder))
+        self.encoder = encoder
         self.dropout = torch.nn.Dropout(_head_dropout(config))
         self.classifier = torch.nn.Linear(config.encoder.hidden_size, config.num_labels)
         self.post_init()
@@ -105,7 +107,7 @@ class TextClassifier(PreTrainedModel):
 
         Args:
             input_ids, attention_mask, token_type_ids, position_ids: ``(B, S)``; inputs_embeds: ``(B, S, H)``.
-            labels: ``(B,)`` class indices; targets of a regression or of several labels as ``config.problem_type`` says.
+            labels: ``(B,)`` class indices, or what a regression or several labels need: see ``config.problem_type``.
             kwargs: the encoder's own, ``output_hidden_states`` and ``output_attentions`` among them.
         Returns: logits ``(B, C)``, with labels the loss, and what was asked for of the encoder.
         """

@@ -98,6 +98,7 @@ def finetune(
     transformers.set_seed(seed)
     with checkpoint.transformers_quiet():
         tokenizer, network, fresh = checkpoint.load_classifier(model, head, names, options["dropout"])
+    network.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")  # where the Trainer will have it
     length = tokens.longest_row(tokenizer, network.config, max_length)
     indices = {name: index for index, name in enumerate(names)}
     train_tokens, held_out_tokens = (

@@ -132,7 +132,7 @@ def run_record(
             for name, part in zip(("training", "validation"), parts, strict=True)
         },
         "environment": environment.describe(),
-        "device": str(torch.accelerator.current_accelerator() or "cpu"),
+        "device": str(torch.accelerator.current_accelerator(check_available=True) or "cpu"),
         "kernels": kernels,
         "seconds": seconds,
     }

@@ -24,7 +24,10 @@ class Tokens:
 
 def longest_row(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, max_length: int) -> int:
     """``max_length``, or what tokenizer and model can take where that is less."""
-    return min(max_length, tokenizer.model_max_length, getattr(config, "max_position_embeddings", max_length))
+    parts = [config, *(getattr(config, name) for name in config.sub_configs)]
+    return min(
+        max_length, tokenizer.model_max_length, *(getattr(p, "max_position_embeddings", max_length) for p in parts)
+    )
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], targets: Sequence[int], max_length: int) -> Tokens:

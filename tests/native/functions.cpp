@@ -1,4 +1,4 @@
-// One instruction set's functions.h; with -DFASTFT_TEST_SCALAR, those over scalars.
+// functions.h of FASTFT_TEST_SET, which is an instruction set or "scalar".
 #include "functions.h"
 
 #include "activation.h"
@@ -24,7 +24,7 @@ namespace {
 
 template <class F, class Op>
 void over(F* y, const F* x, int64_t n, Op op) {
-#if defined(FASTFT_TEST_SCALAR)
+#if defined(FASTFT_ISA_SCALAR)
   for (int64_t i = 0; i < n; ++i) y[i] = op(x[i]);
 #else
   for_lanes<F>(n, [&](int64_t i, auto load, auto store) { store(y + i, op(load(x + i))); });
@@ -47,6 +47,6 @@ const test::Function kFunctions[] = {
 }  // namespace
 
 extern const test::Functions functions;
-const test::Functions functions = {FASTFT_TEXT(FASTFT_NAMESPACE), kFunctions, kFunctions + sizeof kFunctions / sizeof *kFunctions};
+const test::Functions functions = {FASTFT_TEXT(FASTFT_TEST_SET), kFunctions, kFunctions + sizeof kFunctions / sizeof *kFunctions};
 
 }  // namespace FASTFT_NAMESPACE

@@ -1,18 +1,23 @@
 """CUDA kernels without a GPU: csrc/cuda compiled by g++ against a host implementation of CUDA's execution model.
 
-``kernels()`` is the NumPy module (module.cpp), built on first use in build/simt. Inside ``with OnCpu():`` our ops run the
-CUDA kernels on CPU tensors, so that the specs of fastft/testing test them as they test the CPU's.
+``kernels()`` is the NumPy module (module.cpp), built on first use in build/simt. Inside ``with cuda_on_cpu():`` our ops
+run the CUDA kernels on CPU tensors, so that the specs of fastft/testing test them as they test the CPU's.
 
-A new op takes one line in ``FIELDS``.
+A new op takes one function for each direction in ``FIELDS``.
 """
 
+import contextlib
 import functools
 import importlib.util
+import math
 import sysconfig
 from pathlib import Path
 
+import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastft import _library
+from fastft.functional import _choice
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -26,27 +31,64 @@ SUFFIXES = {  # of a kernel's name, by the dtypes of activations and parameters:
     (torch.float16, torch.float32): "f16_f32",
 }
 
-# Arguments of an op -> (tensor of T, tensor of W, fields of the kernel's argument struct in csrc/kernels.h)
+# -O1 takes half the time of -O3, running included. Fortified, longjmp to another stack would be taken for an attack.
+OPTIONS = ("-O1", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas", "-x", "c++")
+
+
+# ---- what csrc/binding does: arguments of an op -> tensors of dtypes T and W, fields of the kernel's argument struct
+
+
+def linear_act_forward(y, z, x, w, b, activation):
+    return (x, w), (y, z, x, w, b, len(x), *w.shape, activation)
+
+
+def linear_act_backward(dx, dw, db, dy, z, x, w, activation):
+    return (x, w), (dx, dw, db, dy, z, x, w, len(x), *w.shape, activation)
+
+
+def cross_entropy_forward(loss, stats, divisor, row_loss, x, target, w, *options):
+    if row_loss is None:  # Python makes this workspace for CUDA tensors only
+        row_loss = x.new_empty(x.numel(), dtype=torch.promote_types(x.dtype, torch.float32))
+    return (x, loss), (loss, stats, divisor, row_loss, None, x, *index_or_probability(target), w, *sizes(x), *options)
+
+
+def cross_entropy_backward(dx, dq, dy, stats, divisor, x, target, w, *options):
+    return (x, dy), (dx, dq, dy, stats, divisor, x, *index_or_probability(target), w, *sizes(x), *options)
+
+
+def sizes(x):
+    """(N, C, S) of logits (N, C, *)."""
+    S = math.prod(x.shape[2:])
+    return (x.shape[0], x.shape[1], S) if S else (0, x.shape[1], 1)
+
+
+def index_or_probability(target):
+    return (target, None) if target.dtype == torch.int64 else (None, target)
+
+
 FIELDS = {
-    "linear_act_forward": lambda y, z, x, w, b, act: (x, w, (y, z, x, w, b, len(x), *w.shape, act)),
-    "linear_act_backward": lambda dx, dw, db, dy, z, x, w, act: (x, w, (dx, dw, db, dy, z, x, w, len(x), *w.shape, act)),
+    op.__name__: op for op in (linear_act_forward, linear_act_backward, cross_entropy_forward, cross_entropy_backward)
 }
 
+# ---- the ops' kernels replaced
 
-class OnCpu(TorchDispatchMode):
-    """Our ops run their CUDA kernels, on the CPU; ``names`` are the kernels that ran."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
+@contextlib.contextmanager
+def cuda_on_cpu():
+    """Within it our ops run their CUDA kernels on CPU tensors, float16 included; gives the names of those that ran."""
+    with pytest.MonkeyPatch.context() as patch, _choice.use_backend("fastft"):
+        names: list[str] = []
+        for op in FIELDS:
+            patch.setattr(torch.ops.fastft, op, functools.partial(run, names, op), raising=False)
+        patch.setattr(_library, "why_not", lambda: None)
+        patch.setitem(_choice._DTYPES, "cpu", _choice._DTYPES["cuda"])
+        yield names
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        op = func.__name__.removesuffix(".default")
-        if func.namespace != "fastft" or op not in FIELDS:
-            return func(*args, **(kwargs or {}))
-        activations, parameters, fields = FIELDS[op](*args, **(kwargs or {}))
-        self.names.append(f"{op}_{SUFFIXES[activations.dtype, parameters.dtype]}")
-        getattr(kernels(), self.names[-1])(*(to_numpy(f) if isinstance(f, torch.Tensor) else f for f in fields))
+
+def run(names, op, *args):
+    (activations, parameters), fields = FIELDS[op](*args)
+    names.append(f"{op}_{SUFFIXES[activations.dtype, parameters.dtype]}")
+    getattr(kernels(), names[-1])(*(to_numpy(f) if isinstance(f, torch.Tensor) else f for f in fields))
 
 
 def to_numpy(tensor: torch.Tensor):
@@ -54,24 +96,26 @@ def to_numpy(tensor: torch.Tensor):
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).detach().numpy()
 
 
+# ---- the module
+
+
 @functools.cache
 def kernels():
-    """The module, built incrementally. Raises: setup.py's BuildError: see above it."""
+    """The module, built incrementally. Raises: BuildError of setup.py: the compiler's messages are above it."""
     import pybind11
 
     build = imported("fastft_setup", ROOT / "setup.py")
     folder = ROOT / "build" / "simt"
+    # HERE comes first: its cuda_runtime.h stands in for CUDA's.
     includes = [f"-I{path}" for path in (HERE, pybind11.get_include(), sysconfig.get_paths()["include"])]
-    # HERE comes first: its cuda_runtime.h stands in for CUDA's. -O1 takes half the time of -O3, running included.
-    flags = (*includes, *build.INCLUDES, "-DFASTFT_NAMESPACE=fastft::cuda", "-O1", "-Wno-unknown-pragmas", "-x", "c++")
-    sources = [*build.CSRC.glob("cuda/*.cu"), *HERE.glob("*.c*")]
-    objects = [build.Edge("cxx", folder / f"{s.stem}.o", (s,), flags) for s in build.largest_first(sources)]
-    library = folder / "fastft_simt.so"
-    edges = [*objects, build.link(library, objects, ("-Wl,-z,undefs", "-pthread"))]  # Python's symbols are its process's
-    config = build.Config(cxx=build.find_compiler(), isas=())
-    build.write_ninja(folder / "build.ninja", edges, config)
+    flags = (*includes, *build.INCLUDES, "-DFASTFT_NAMESPACE=fastft::cuda", *OPTIONS)
+    sources = [path for path in (*build.CSRC.glob("cuda/*"), *HERE.iterdir()) if path.suffix in (".cpp", ".cu")]
+    objects = [build.Edge("cxx", folder / f"{path.stem}.o", (path,), flags) for path in build.largest_first(sources)]
+    # Python's symbols are left to the process that loads it.
+    library = build.link(folder / "fastft_simt.so", objects, ("-Wl,-z,undefs", "-pthread"))
+    build.write_ninja(folder / "build.ninja", [*objects, library], build.Config(build.find_compiler(), isas=()))
     build.run_ninja(folder / "build.ninja")
-    return imported("fastft_simt", library)
+    return imported("fastft_simt", library.output)
 
 
 def imported(name: str, path: Path):

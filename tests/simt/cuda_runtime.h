@@ -2,6 +2,7 @@
 // unchanged sources and executor.cpp runs them on the CPU, one fiber per thread. It is stricter than a GPU: what CUDA
 // leaves undefined is an error here. What is missing is a compile error.
 #pragma once
+#include <cassert>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -86,6 +87,10 @@ T __shfl_down_sync(unsigned mask, T value, int delta, FASTFT_SITE) {
   return simt::shuffle(mask, value, {file, line}, [](int own, int delta) { return own + delta; }, delta);
 }
 #undef FASTFT_SITE
+
+// As on a GPU, an assertion fails the launch; the process goes on. Kernels include <cassert> before this file.
+#undef assert
+#define assert(condition) ((condition) ? void() : simt::fail("fails assertion " #condition, {__FILE__, __LINE__}))
 
 // ---- the part of the runtime that launch() in device.cuh calls
 using cudaStream_t = struct CUstream_st*;

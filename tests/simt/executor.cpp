@@ -1,7 +1,8 @@
-// Runs CUDA kernels on the CPU (cuda_runtime.h): one block after the other, each thread a fiber that gives way only where
-// it waits, at a barrier or in a warp operation. Barriers that not all threads of the block reach at the same place, warp
-// operations whose lanes never meet, and values of lanes that have exited are errors with block, thread and line.
+// Runs CUDA kernels on the CPU (cuda_runtime.h): one block after the other, each thread a fiber that gives way only
+// where it waits, at a barrier or in a warp operation. Errors that name block, thread and line: a barrier that not all
+// threads of the block reach at the same place; a warp operation whose lanes never meet; the value of an exited lane.
 #include <link.h>
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -26,39 +27,51 @@ uint64_t order_seed = 0;
 
 enum class State { kReady, kAtBarrier, kInWarp, kExited };
 
+// Kept from launch to launch: one at a time runs, and fresh memory costs a page fault per thread.
+char* stack_of(size_t thread) {
+  static std::vector<std::unique_ptr<char[]>> stacks;
+  while (stacks.size() <= thread) stacks.emplace_back(new char[kStackBytes]);
+  return stacks[thread].get();
+}
+
 struct Fiber {
-  ucontext_t context;
-  std::unique_ptr<char[]> stack;
+  ucontext_t start;
+  bool started = false;
+  jmp_buf place;  // where it goes on
   uint3 index;
   State state;
-  Site site;           // of the wait
-  unsigned mask;       // in a warp operation
-  uint64_t value;      // given to it
-  Lanes received;      // got from it
+  Site site;       // of the wait
+  unsigned mask;   // of the warp operation it waits in
+  uint64_t value;  // given to it
+  Lanes received;  // got from it
 };
+
+// swapcontext would do for this, too, but makes a system call for the signal mask each time.
+__attribute__((noinline)) void leave(jmp_buf from, jmp_buf to) {
+  if (_setjmp(from) == 0) _longjmp(to, 1);
+}
 
 class Block;
 __thread Block* current = nullptr;
 
 class Block {
  public:
-  Block(dim3 size, void (*body)(void*), void* context) : body_(body), context_(context), fibers_(size.x * size.y * size.z) {
+  Block(dim3 size, void (*body)(void*), void* context)
+      : body_(body), context_(context), fibers_(size.x * size.y * size.z) {
     for (size_t i = 0; i < fibers_.size(); ++i) {
       order_.push_back(i);
-      fibers_[i].stack.reset(new char[kStackBytes]);
-      fibers_[i].index = {unsigned(i % size.x), unsigned(i / size.x % size.y), unsigned(i / size.x / size.y)};
+      Fiber& fiber = fibers_[i];
+      fiber.index = {unsigned(i % size.x), unsigned(i / size.x % size.y), unsigned(i / size.x / size.y)};
+      getcontext(&fiber.start);
+      fiber.start.uc_stack.ss_sp = stack_of(i);
+      fiber.start.uc_stack.ss_size = kStackBytes;
+      makecontext(&fiber.start, &Block::live, 0);
     }
   }
 
+  // One block of the grid; blockIdx says which.
   void run() {
-    for (Fiber& fiber : fibers_) {
-      getcontext(&fiber.context);
-      fiber.context.uc_stack.ss_sp = fiber.stack.get();
-      fiber.context.uc_stack.ss_size = kStackBytes;
-      fiber.context.uc_link = &scheduler_;
-      makecontext(&fiber.context, &Block::enter, 0);
-      fiber.state = State::kReady;
-    }
+    for (Fiber& fiber : fibers_) fiber.state = State::kReady;
     while (take_turns()) release();
   }
 
@@ -68,21 +81,37 @@ class Block {
     self.site = site;
     self.mask = mask;
     self.value = value;
-    swapcontext(&self.context, &scheduler_);
+    leave(self.place, scheduler_);
     return self.received;
   }
 
-  [[noreturn]] void fail(const char* what, Site site) const { throw std::runtime_error(describe(running_) + what + at(site)); }
+  [[noreturn]] void fail(const char* what, Site site) const {
+    throw std::runtime_error(describe(running_) + what + at(site));
+  }
 
  private:
-  static void enter() {
+  // A fiber's life: the kernel's body, once for each block.
+  static void live() {
     Block& block = *current;
-    try {
-      block.body_(block.context_);
-    } catch (...) {  // cannot cross to another stack: handed to the scheduler
-      block.error_ = std::current_exception();
+    Fiber& self = block.fibers_[block.running_];
+    for (;;) {
+      try {
+        block.body_(block.context_);
+      } catch (...) {  // cannot cross to another stack: handed to the scheduler
+        block.error_ = std::current_exception();
+      }
+      self.state = State::kExited;
+      leave(self.place, block.scheduler_);
     }
-    block.fibers_[block.running_].state = State::kExited;
+  }
+
+  void resume(size_t i) {
+    Fiber& fiber = fibers_[i];
+    running_ = i;
+    threadIdx = fiber.index;
+    if (fiber.started) return leave(scheduler_, fiber.place);
+    fiber.started = true;
+    if (_setjmp(scheduler_) == 0) setcontext(&fiber.start);
   }
 
   // Every fiber that can runs until it waits or exits. False when all have exited.
@@ -91,9 +120,7 @@ class Block {
     bool any = false;
     for (size_t i : order_) {
       if (fibers_[i].state == State::kReady) {
-        running_ = i;
-        threadIdx = fibers_[i].index;
-        swapcontext(&scheduler_, &fibers_[i].context);
+        resume(i);
         if (error_) std::rethrow_exception(error_);
       }
       any |= fibers_[i].state != State::kExited;
@@ -145,7 +172,9 @@ class Block {
     for (Fiber& fiber : fibers_) fiber.state = State::kReady;
   }
 
-  [[noreturn]] void stuck(size_t i, const char* what) const { throw std::runtime_error(describe(i) + what + at(fibers_[i].site)); }
+  [[noreturn]] void stuck(size_t i, const char* what) const {
+    throw std::runtime_error(describe(i) + what + at(fibers_[i].site));
+  }
 
   static bool same(Site a, Site b) { return a.line == b.line && std::strcmp(a.file, b.file) == 0; }
   static std::string at(Site site) { return std::string(", ") + site.file + ":" + std::to_string(site.line); }
@@ -159,26 +188,25 @@ class Block {
   std::vector<Fiber> fibers_;
   std::vector<size_t> order_;
   std::mt19937_64 random_{order_seed};
-  ucontext_t scheduler_;
+  jmp_buf scheduler_;
   size_t running_ = 0;
   std::exception_ptr error_;
 };
 
-// Every byte 0xff is NaN in all floating-point types and out of range as an index. The thread-local storage of this module
-// holds the __shared__ variables of all kernels and the variables above, which are set after this.
+// Every byte 0xff is NaN in all floating-point types and out of range as an index. The thread-local storage of this
+// module holds the __shared__ variables of all kernels and the variables above, which are set after this.
 void poison_shared_memory() {
-  dl_iterate_phdr(
-      [](dl_phdr_info* module, size_t, void*) {
-        char* const begin = static_cast<char*>(module->dlpi_tls_data);  // the calling thread's
-        for (int i = 0; i < module->dlpi_phnum; ++i) {
-          const auto& segment = module->dlpi_phdr[i];
-          const char* const inside = reinterpret_cast<char*>(&current);
-          if (segment.p_type == PT_TLS && begin <= inside && inside < begin + segment.p_memsz)
-            std::memset(begin, 0xff, segment.p_memsz);
-        }
-        return 0;
-      },
-      nullptr);
+  const auto poison = [](dl_phdr_info* module, size_t, void* inside) {
+    char* const begin = static_cast<char*>(module->dlpi_tls_data);  // the calling thread's
+    for (int i = 0; i < module->dlpi_phnum; ++i) {
+      const auto& segment = module->dlpi_phdr[i];
+      if (segment.p_type != PT_TLS || inside < begin || inside >= begin + segment.p_memsz) continue;
+      std::memset(begin, 0xff, segment.p_memsz);
+      return 1;
+    }
+    return 0;
+  };
+  if (!dl_iterate_phdr(poison, &current)) throw std::logic_error("the module's thread-local storage was not found");
 }
 
 }  // namespace

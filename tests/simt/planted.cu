@@ -1,7 +1,8 @@
 // Kernels with one planted bug each, which test_simt.py expects to be caught, and one with none.
-#include "planted.h"
+#include <cassert>
 
 #include "device.cuh"
+#include "planted.h"
 
 namespace planted {
 namespace {
@@ -22,6 +23,17 @@ __global__ void missing_barrier_kernel(float* out) {
   __shared__ float shared[kThreads];
   shared[threadIdx.x] = float(threadIdx.x);
   out[threadIdx.x] = shared[kThreads - 1 - threadIdx.x];
+}
+
+__global__ void missing_second_barrier_kernel(float* out) {  // right: 1 everywhere
+  __shared__ float shared[kThreads];
+  float sum = 0;
+  for (int step = 0; step < 2; ++step) {
+    shared[threadIdx.x] = float(step);
+    __syncthreads();
+    sum += shared[kThreads - 1 - threadIdx.x];
+  }
+  out[threadIdx.x] = sum;
 }
 
 __global__ void unwritten_shared_kernel(float* out) {
@@ -57,19 +69,18 @@ __global__ void shuffle_from_exited_lane_kernel(float* out) {
   out[threadIdx.x] = __shfl_down_sync(kAllLanes, 1.f, 1);
 }
 
+__global__ void failed_assertion_kernel(float* out) {
+  assert(threadIdx.x < 50 && "too large");
+  out[threadIdx.x] = 0;
+}
+
 }  // namespace
 
 void too_many_threads(float* out) { launch(none_kernel, 1, 1025, 0, nullptr, out); }
 
 #define FASTFT_X(name) \
   void name(float* out) { launch(name##_kernel, 1, kThreads, 0, nullptr, out); }
-FASTFT_X(none)
-FASTFT_X(missing_barrier)
-FASTFT_X(unwritten_shared)
-FASTFT_X(divergent_barrier)
-FASTFT_X(exit_before_barrier)
-FASTFT_X(divergent_shuffle)
-FASTFT_X(shuffle_from_exited_lane)
+PLANTED_KERNELS(FASTFT_X)
 #undef FASTFT_X
 
 }  // namespace planted

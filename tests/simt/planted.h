@@ -1,18 +1,20 @@
 // The kernels of planted.cu; each writes 64 floats.
 #pragma once
 
-#define PLANTED_KERNELS(X)  \
-  X(none)                   \
-  X(missing_barrier)        \
-  X(unwritten_shared)       \
-  X(divergent_barrier)      \
-  X(exit_before_barrier)    \
-  X(divergent_shuffle)      \
+#define PLANTED_KERNELS(X)    \
+  X(none)                     \
+  X(missing_barrier)          \
+  X(missing_second_barrier)   \
+  X(unwritten_shared)         \
+  X(divergent_barrier)        \
+  X(exit_before_barrier)      \
+  X(divergent_shuffle)        \
   X(shuffle_from_exited_lane) \
-  X(too_many_threads)
+  X(failed_assertion)
 
 namespace planted {
 #define FASTFT_X(name) void name(float* out);
 PLANTED_KERNELS(FASTFT_X)
 #undef FASTFT_X
+void too_many_threads(float* out);
 }  // namespace planted

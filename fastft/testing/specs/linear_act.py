@@ -5,7 +5,7 @@ import math
 import torch
 
 from fastft import activations, functional
-from fastft.testing.spec import OpSpec, Sample
+from fastft.testing.spec import OpSpec, Sample, Timed
 
 
 def reference(input, weight, bias=None, activation="gelu"):
@@ -14,7 +14,7 @@ def reference(input, weight, bias=None, activation="gelu"):
 
 def samples(t):
     def linear(M, K, N, bias=True):  # scaled as a trained layer's: pre-activations of about 1
-        return t(M, K), t(N, K, scale=K**-0.5), t(N) if bias else None
+        return t(M, K), t(N, K, scale=max(K, 1) ** -0.5), t(N) if bias else None
 
     for name in functional.ACTIVATIONS:
         yield Sample(f"activation {name}", *linear(60, 40, 50), activation=name)
@@ -41,12 +41,12 @@ def samples(t):
     yield Sample("saturated: |z| far beyond every tail", t(40, 24, scale=30), t(32, 24), t(32))
     yield Sample("tiny: z near zero", t(40, 24, scale=1e-6), t(32, 24), t(32, scale=1e-6))
     for K, N, activation in ((768, 768, "identity"), (768, 3072, "gelu"), (3072, 768, "identity")):  # BERT-base
-        yield Sample(f"4096x{K}->{N} {activation}", *linear(4096, K, N), activation=activation)
+        yield Timed(f"4096x{K}->{N} {activation}", *linear(4096, K, N), activation=activation)
     for K, N, activation in ((384, 1536, "gelu"), (1536, 384, "identity")):  # MiniLM
-        yield Sample(f"4096x{K}->{N} {activation}", *linear(4096, K, N), activation=activation)
+        yield Timed(f"4096x{K}->{N} {activation}", *linear(4096, K, N), activation=activation)
     for M in (2048, 256):
-        yield Sample(f"{M}x768->3072 gelu", *linear(M, 768, 3072))
-    yield Sample("32x768->768 tanh", *linear(32, 768, 768), activation="tanh")  # the pooler of a batch
+        yield Timed(f"{M}x768->3072 gelu", *linear(M, 768, 3072))
+    yield Timed("32x768->768 tanh", *linear(32, 768, 768), activation="tanh")  # the pooler of a batch
 
 
 SPEC = OpSpec(

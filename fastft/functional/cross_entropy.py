@@ -1,0 +1,220 @@
+"""Softmax cross-entropy; the kernels are csrc/*/cross_entropy.*."""
+
+import functools
+
+import torch
+
+from fastft.functional import _autograd, _choice
+
+_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # enum Reduction of csrc/kernels.h
+
+
+def cross_entropy(input, target, weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0):
+    """Softmax cross-entropy, as torch.nn.functional.cross_entropy: one pass over the logits, one more for their gradient.
+
+    Of the forward, two numbers of a row are kept for the backward (three with soft targets). Ignored rows get zero
+    gradients whatever their logits are. Under autocast the loss is float32; the logits are read in the dtype they have.
+
+    Args:
+        input: logits, ``(C,)``, ``(N, C)`` or ``(N, C, d1, …)``, float32, bfloat16 or float64 (float16 on CUDA).
+        target: class indices, int64 or uint8, shaped as ``input`` without C; or probabilities, shaped as ``input``.
+        weight: ``(C,)``, a factor for each class, in the dtype of ``input`` for class indices; or None.
+        ignore_index: the class index whose rows count for nothing, inside of [0, C) or out of it.
+        reduction: ``"mean"`` (over the weights of the classes met), ``"sum"`` or ``"none"``.
+        label_smoothing: in [0, 1], the part of the target that is spread over all classes (Szegedy et al. 2015,
+            arXiv:1512.00567).
+    Returns: a scalar, or the shape of ``input`` without C for ``"none"``; dtype of ``input`` (with probabilities, the
+        dtype that all tensors promote to). The mean of nothing is NaN.
+    Raises: the types are those of torch.nn.functional.cross_entropy.
+        IndexError: ``cross_entropy: target[3] is 7, must be in [0, 5) or ignore_index -100``; on CUDA a device-side
+            assertion instead, as in PyTorch.
+        ValueError: ``cross_entropy: target is (3,), input (4, 5) needs (4,) or, for probabilities, (4, 5)``; reduction.
+        RuntimeError: other shapes, dtypes and devices that do not match; label_smoothing.
+        TypeError: an argument is not a tensor.
+    Example:
+        >>> cross_entropy(torch.zeros(2, 4), torch.tensor([0, 3]))
+        tensor(1.3863)
+    """
+    dtype = _check(input, target, weight, ignore_index, reduction, label_smoothing)
+    why_not = _why_not(input, target, weight)
+    ours = _choice.runs("cross_entropy", why_not, why_not is None and _slower(input))
+    try:
+        if ours:
+            return _run(input, target, weight, dtype, ignore_index, reduction, label_smoothing)
+        return reference(input, target, weight, ignore_index, reduction, label_smoothing)
+    except (IndexError, RuntimeError):
+        _raise_if_out_of_range(input, target, ignore_index)
+        raise
+
+
+def reference(input, target, weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0):
+    """PyTorch's: fall-back, source of second derivatives and yardstick."""
+    return torch.nn.functional.cross_entropy(
+        input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
+    )
+
+
+def _check(input, target, weight, ignore_index, reduction, label_smoothing):
+    """Raises, by PyTorch's types, for what a user can get wrong; returns the dtype of the result."""
+    for name, tensor in (("input", input), ("target", target), ("weight", weight)):
+        if not isinstance(tensor, torch.Tensor) and not (tensor is None and name == "weight"):
+            raise TypeError(f"cross_entropy: {name} must be a tensor, got {type(tensor).__name__}")
+        if tensor is not None and tensor.device != input.device:
+            raise RuntimeError(f"cross_entropy: {name} is on {tensor.device}, input on {input.device}")
+    if reduction not in _REDUCTIONS:
+        raise ValueError(f"cross_entropy: reduction is {reduction!r}, must be one of {', '.join(_REDUCTIONS)}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise RuntimeError(f"cross_entropy: label_smoothing is {label_smoothing}, must be in [0, 1]")
+    if not input.is_floating_point():
+        raise NotImplementedError(f"cross_entropy: input is {input.dtype}, must be a floating-point tensor")
+    if not input.dim():
+        raise RuntimeError("cross_entropy: input is (), needs (C,), (N, C) or (N, C, d1, …)")
+    classes, dtype = input.shape[min(1, input.dim() - 1)], _computed_in(input)
+    if weight is not None and weight.shape != (classes,):
+        raise RuntimeError(
+            f"cross_entropy: weight is {tuple(weight.shape)}, input {tuple(input.shape)} needs ({classes},)"
+        )
+    if target.shape == input.shape:
+        if not target.is_floating_point():
+            raise RuntimeError(
+                f"cross_entropy: target is {target.dtype}, must be floating-point where it has input's shape "
+                f"{tuple(input.shape)}: probabilities"
+            )
+        if ignore_index >= 0:
+            raise RuntimeError(f"cross_entropy: ignore_index is {ignore_index}, probabilities have no class to ignore")
+        dtype = torch.promote_types(dtype, _computed_in(target))
+        return dtype if weight is None else torch.promote_types(dtype, _computed_in(weight))
+    expected = input.shape[:1] + input.shape[2:] if input.dim() > 1 else ()
+    if target.shape != expected and not (input.dim() == 1 and target.shape == (1,)):
+        batch = target.shape[:1] != expected[:1] or (input.dim() == 1 and target.dim() == 1)
+        raise (ValueError if batch else RuntimeError)(
+            f"cross_entropy: target is {tuple(target.shape)}, input {tuple(input.shape)} needs {tuple(expected)} or, "
+            f"for probabilities, {tuple(input.shape)}"
+        )
+    if target.dtype not in (torch.int64, torch.uint8):
+        raise RuntimeError(f"cross_entropy: target is {target.dtype}, class indices must be torch.int64 or torch.uint8")
+    if weight is not None and _computed_in(weight) != dtype:
+        raise RuntimeError(f"cross_entropy: weight is {weight.dtype}, input {input.dtype}")
+    return dtype
+
+
+def _computed_in(tensor):
+    """The dtype that autocast would convert the tensor to."""
+    return tensor.dtype if _autograd.autocast_dtype(tensor) is None else torch.float32
+
+
+def _why_not(input, target, weight):
+    probabilities = target if target.shape == input.shape else None
+    if (why_not := _choice.unsupported(input, probabilities, weight)) is not None:
+        return why_not
+    if _autograd.needs_grad(weight):
+        return "the gradient of weight is PyTorch's"
+    return None if input.shape[min(1, input.dim() - 1)] else "there are no classes"
+
+
+def _slower(input):
+    """The shipped rule: below, autograd.Function's 30 us are more than the kernel gains."""
+    return input.device.type == "cpu" and input.numel() < 4096
+
+
+def _raise_if_out_of_range(input, target, ignore_index):
+    """Says which target it was that a kernel on the CPU refused."""
+    if target.shape == input.shape or target.device.type != "cpu" or torch._C._are_functorch_transforms_active():
+        return
+    classes = input.shape[min(1, input.dim() - 1)]
+    wrong = (((target < 0) | (target >= classes)) & (target != ignore_index)).nonzero()
+    if len(wrong):
+        index = tuple(wrong[0].tolist())
+        where = f"target[{', '.join(map(str, index))}]" if index else "target"
+        raise IndexError(
+            f"cross_entropy: {where} is {target[index]}, must be in [0, {classes}) or ignore_index {ignore_index}"
+        ) from None
+
+
+def _run(input, target, weight, dtype, ignore_index, reduction, label_smoothing):
+    if dtype != input.dtype and not (dtype == torch.float32 and input.dtype in (torch.bfloat16, torch.float16)):
+        input = input.to(dtype)
+    target = target.to(dtype if target.shape == input.shape else torch.int64)
+    if weight is not None:
+        weight = weight.to(dtype)
+    options = (ignore_index, float(label_smoothing), _REDUCTIONS[reduction])
+    if _autograd.needs_grad(input, target):
+        return _CrossEntropy.apply(input, target, weight, dtype, options)
+    return _forward(input, target, weight, dtype, options, keep=False)[0]
+
+
+def _classes_last(input):
+    """Whether ``(N, C, d1, …)`` lies in memory as ``(N, d1, …, C)``: then each row is contiguous."""
+    return input.dim() > 2 and not input.is_contiguous() and input.movedim(1, -1).is_contiguous()
+
+
+def _dense(tensor, classes_last):
+    """Logits or probabilities as the kernels take them: ``(N, C, *)``, with the rows as N where classes lie last."""
+    if classes_last:
+        return tensor.movedim(1, -1).reshape(-1, tensor.shape[1]).contiguous()
+    return (tensor if tensor.dim() > 1 else tensor[None]).contiguous()
+
+
+def _like(dense, tensor, classes_last):
+    """A kernel's output in the shape of ``tensor``, whose gradient it is."""
+    if classes_last:
+        return dense.view(tensor.movedim(1, -1).shape).movedim(-1, 1)
+    return dense.view(tensor.shape)
+
+
+def _forward(input, target, weight, dtype, options, keep):
+    """The loss, and what the backward needs of the rows: ``stats``, and the divisor of a mean."""
+    _, label_smoothing, reduction = options
+    probabilities, last = target.shape == input.shape, _classes_last(input)
+    logits = _dense(input, last)
+    rows = logits.numel() // logits.shape[1]
+    shape = input.shape[:1] + input.shape[2:] if input.dim() > 1 else ()
+    statistic = torch.promote_types(input.dtype, torch.float32)
+    loss = input.new_empty(() if reduction else shape, dtype=dtype)
+    stats = input.new_empty((3 if probabilities or label_smoothing else 2, rows), dtype=statistic) if keep else None
+    divisor = input.new_empty((), dtype=statistic) if keep and reduction == 1 else None
+    row_loss = input.new_empty(rows, dtype=statistic) if reduction and input.device.type == "cuda" else None
+    target = _dense(target, last) if probabilities else target.contiguous()
+    weight = None if weight is None else weight.contiguous()
+    torch.ops.fastft.cross_entropy_forward(loss, stats, divisor, row_loss, logits, target, weight, *options)
+    return loss, stats, divisor
+
+
+def _backward(options, stats, divisor, wanted, grad_output, input, target, weight):
+    """Gradients of input, target (where it holds probabilities) and weight (None), None where not wanted."""
+    probabilities, last = target.shape == input.shape, _classes_last(input)
+    logits, targets = _dense(input, last), _dense(target, last) if probabilities else target.contiguous()
+    grad_input = torch.empty_like(logits) if wanted[0] else None
+    grad_target = torch.empty_like(targets) if wanted[1] else None
+    weight = None if weight is None else weight.contiguous()
+    torch.ops.fastft.cross_entropy_backward(
+        grad_input, grad_target, grad_output.contiguous(), stats, divisor, logits, targets, weight, *options
+    )
+    return (
+        None if grad_input is None else _like(grad_input, input, last),
+        None if grad_target is None else _like(grad_target, target, last),
+        None,
+    )
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input, target, weight, dtype, options):
+        loss, stats, divisor = _forward(input, target, weight, dtype, options, keep=True)
+        ctx.dtype, ctx.options = dtype, options
+        ctx.save_for_backward(input, target, weight, stats, divisor)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        *tensors, stats, divisor = ctx.saved_tensors
+        kernel = functools.partial(_backward, ctx.options, stats, divisor, ctx.needs_input_grad[:2])
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            composition = functools.partial(_composition, ctx.dtype, ctx.options)
+            return *_autograd.Backward.apply(kernel, composition, grad_output, *tensors), None, None
+        return *kernel(grad_output, *tensors), None, None
+
+
+def _composition(dtype, options, input, target, weight):
+    ignore_index, label_smoothing, reduction = options
+    return reference(input.to(dtype), target, weight, ignore_index, list(_REDUCTIONS)[reduction], label_smoothing)
