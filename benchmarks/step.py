@@ -52,7 +52,8 @@ def main() -> int:
     rows, failures = [], []
     for row, flops in measured:
         try:
-            share = peaks.share(flops, 0, row["time"]["median"], getattr(torch, row["dtype"]))
+            dtype, pytorch = getattr(torch, row["dtype"]), row["provider"] != "fastft"
+            share = peaks.share(flops, 0, row["time"]["median"], dtype, pytorch=pytorch)
         except BeatsPeak as error:
             share = None
             failures.append(f"{row['model']} {row['batch']} x {row['length']}, {row['provider']}: {error}")

@@ -9,15 +9,20 @@
 
 namespace fastft {
 
-struct bf16 { uint16_t bits; };  // storage only; conversions are in common/numeric.h
-struct f16 { uint16_t bits; };   // CUDA only
+struct bf16 {
+  uint16_t bits;
+};  // storage only; conversions are in common/numeric.h
+struct f16 {
+  uint16_t bits;
+};  // CUDA only
 
 // What a CPU kernel may ask of its host: threads and scratch memory. The host frees the scratch when the kernel has returned.
 struct Host {
   int threads;  // workers of one parallel_for
   void (*parallel_for)(int64_t tasks, void (*body)(void* context, int64_t begin, int64_t end), void* context);
   void* scratch_owner;
-  void* (*scratch)(void* owner, size_t bytes);  // 64-byte aligned, uninitialised, never null: out of memory is the host's exception
+  void* (*scratch)(void* owner,
+                   size_t bytes);  // 64-byte aligned, uninitialised, never null: out of memory is the host's exception
 };
 
 using Stream = void*;  // cudaStream_t
@@ -49,24 +54,33 @@ struct LinearActBackward {
 };
 
 // What statistics of T are kept in.
-template <class T> struct StatisticOf { using type = float; };
-template <> struct StatisticOf<double> { using type = double; };
-template <class T> using Statistic = typename StatisticOf<T>::type;
+template <class T>
+struct StatisticOf {
+  using type = float;
+};
+template <>
+struct StatisticOf<double> {
+  using type = double;
+};
+template <class T>
+using Statistic = typename StatisticOf<T>::type;
 
 enum Reduction { kNone, kMean, kSum };
 
 // Cross-entropy of the N * S rows x[n, :, s] against class indices or probabilities (one of the two pointers is null).
 template <class T, class W>
 struct CrossEntropyForward {
-  W* loss;                 // (N, S) for kNone, else (1)
-  Statistic<T>* stats;     // (2, N, S) or null: a row's maximum, log of its sum of exp(x - maximum); with q or smoothing (3, N, S): weight of its soft target
+  W* loss;  // (N, S) for kNone, else (1)
+  Statistic<T>*
+      stats;  // (2, N, S) or null: a row's maximum, log of its sum of exp(x - maximum); with q or smoothing (3, N, S): weight of its soft target
   Statistic<T>* divisor;   // (1) or null: what kMean divided by
   Statistic<T>* row_loss;  // (N, S), CUDA's workspace where there is a reduction
-  int64_t* invalid;        // (1) the first row whose target is out of range, or -1; on CUDA a device-side assertion fails instead
-  const T* x;              // (N, C, S)
-  const int64_t* target;   // (N, S) or null
-  const W* q;              // (N, C, S) or null
-  const W* w;              // (C) or null: ones
+  int64_t*
+      invalid;  // (1) the first row whose target is out of range, or -1; on CUDA a device-side assertion fails instead
+  const T* x;   // (N, C, S)
+  const int64_t* target;  // (N, S) or null
+  const W* q;             // (N, C, S) or null
+  const W* w;             // (C) or null: ones
   int64_t N, C, S;
   int64_t ignore_index;
   double smoothing;
@@ -93,9 +107,9 @@ struct CrossEntropyBackward {
 
 // Name of the kernel, name of its arguments. Every line becomes, for each instruction set, an entry of the dispatch table of cpu/isa.cpp
 // (with the pairs of dtypes of FASTFT_CPU_DTYPES), and a function of fastft::cuda.
-#define FASTFT_KERNELS(X)                    \
-  X(linear_act_forward, LinearActForward)    \
-  X(linear_act_backward, LinearActBackward)  \
+#define FASTFT_KERNELS(X)                       \
+  X(linear_act_forward, LinearActForward)       \
+  X(linear_act_backward, LinearActBackward)     \
   X(cross_entropy_forward, CrossEntropyForward) \
   X(cross_entropy_backward, CrossEntropyBackward)
 
@@ -125,16 +139,17 @@ struct Kernels {
   double (*peak_bf16)(double seconds, const Host&);  // FLOP/s of VDPBF16PS, 0 where the instruction set has none
 };
 
-const Kernels& kernels();             // of the instruction set in use
-const char* isa();                    // its name: baseline, avx2, avx512 or avx512_bf16
-const char* isas();                   // those that this CPU has and FASTFT_ISA allows, ascending, comma separated
-bool set_isa(const char* name);       // false: not one of isas()
+const Kernels& kernels();        // of the instruction set in use
+const char* isa();               // its name: baseline, avx2, avx512 or avx512_bf16
+const char* isas();              // those that this CPU has and FASTFT_ISA allows, ascending, comma separated
+bool set_isa(const char* name);  // false: not one of isas()
 
 }  // namespace cpu
 
 namespace cuda {
-#define FASTFT_X(name, Args) \
-  template <class T, class W> void name(const Args<T, W>&, Stream);
+#define FASTFT_X(name, Args)  \
+  template <class T, class W> \
+  void name(const Args<T, W>&, Stream);
 FASTFT_KERNELS(FASTFT_X)
 #undef FASTFT_X
 }  // namespace cuda

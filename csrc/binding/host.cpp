@@ -8,7 +8,8 @@
 #include "torch.h"
 
 // Weak: torch without CUDA has no such function, and its address is null.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
+                                                                                   void** ret_stream);
 
 namespace fastft::binding {
 namespace {
@@ -19,7 +20,8 @@ void* map(size_t bytes) {
   void* data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   // The words are PyTorch's, since accelerate's search for a batch size that fits looks for them.
   if (data == MAP_FAILED)
-    throw std::runtime_error("DefaultCPUAllocator: can't allocate memory: fastft needs " + std::to_string(bytes) + " bytes of scratch, out of memory");
+    throw std::runtime_error("DefaultCPUAllocator: can't allocate memory: fastft needs " + std::to_string(bytes) +
+                             " bytes of scratch, out of memory");
 #ifdef MADV_HUGEPAGE
   madvise(data, bytes, MADV_HUGEPAGE);
 #endif
@@ -48,10 +50,13 @@ HostLease::HostLease() {
       void (*body)(void*, int64_t, int64_t);
       void* context;
     } call{body, context};
-    torch_parallel_for(0, tasks, 1, [](int64_t begin, int64_t end, void* data) {
-      const Call& c = *static_cast<Call*>(data);
-      c.body(c.context, begin, end);
-    }, &call);
+    torch_parallel_for(
+        0, tasks, 1,
+        [](int64_t begin, int64_t end, void* data) {
+          const Call& c = *static_cast<Call*>(data);
+          c.body(c.context, begin, end);
+        },
+        &call);
   };
   host_.scratch_owner = this;
   host_.scratch = &HostLease::acquire;
@@ -94,7 +99,8 @@ void* HostLease::acquire(void* owner, size_t bytes) {
 Stream current_stream(const Tensor& on) {
   if (&aoti_torch_get_current_cuda_stream == nullptr) throw std::runtime_error("fastft: this torch has no CUDA");
   void* stream = nullptr;
-  if (aoti_torch_get_current_cuda_stream(on.get_device_index(), &stream) != 0) throw std::runtime_error("fastft: cannot get the current CUDA stream");
+  if (aoti_torch_get_current_cuda_stream(on.get_device_index(), &stream) != 0)
+    throw std::runtime_error("fastft: cannot get the current CUDA stream");
   return stream;
 }
 
@@ -103,7 +109,8 @@ namespace {
 std::string isa() { return cpu::isa(); }
 std::string isas() { return cpu::isas(); }
 void set_isa(std::string name) {
-  if (!cpu::set_isa(name.c_str())) throw std::runtime_error("fastft: instruction set '" + name + "' is not one of: " + cpu::isas());
+  if (!cpu::set_isa(name.c_str()))
+    throw std::runtime_error("fastft: instruction set '" + name + "' is not one of: " + cpu::isas());
 }
 bool has_cuda() {
 #ifdef FASTFT_WITH_CUDA

@@ -5,59 +5,80 @@ namespace fastft::binding {
 namespace {
 
 template <class T, class W>
-LinearActForward<T, W> forward_args(const Tensor& output, const std::optional<Tensor>& preact, const Tensor& input, const Tensor& weight,
-                                    const std::optional<Tensor>& bias, int64_t activation) {
+LinearActForward<T, W> forward_args(const Tensor& output, const std::optional<Tensor>& preact, const Tensor& input,
+                                    const Tensor& weight, const std::optional<Tensor>& bias, int64_t activation) {
   const int64_t N = weight.size(0), K = weight.size(1), M = input.size(0);
-  return {pointer<T>(output, "output", {M, N}),   pointer<T>(preact, "preact", {M, N}),
-          pointer<const T>(input, "input", {M, K}), pointer<const W>(weight, "weight", {N, K}),
-          pointer<const W>(bias, "bias", {N}),      M, N, K, int(activation)};
+  return {pointer<T>(output, "output", {M, N}),
+          pointer<T>(preact, "preact", {M, N}),
+          pointer<const T>(input, "input", {M, K}),
+          pointer<const W>(weight, "weight", {N, K}),
+          pointer<const W>(bias, "bias", {N}),
+          M,
+          N,
+          K,
+          int(activation)};
 }
 
 template <class T, class W>
-LinearActBackward<T, W> backward_args(const std::optional<Tensor>& grad_input, const std::optional<Tensor>& grad_weight, const std::optional<Tensor>& grad_bias,
-                                      const Tensor& grad_output, const std::optional<Tensor>& preact, const Tensor& input, const Tensor& weight,
+LinearActBackward<T, W> backward_args(const std::optional<Tensor>& grad_input, const std::optional<Tensor>& grad_weight,
+                                      const std::optional<Tensor>& grad_bias, const Tensor& grad_output,
+                                      const std::optional<Tensor>& preact, const Tensor& input, const Tensor& weight,
                                       int64_t activation) {
   const int64_t N = weight.size(0), K = weight.size(1), M = input.size(0);
   if (activation != 0 && !preact) refuse("preact", "is missing");
-  return {pointer<T>(grad_input, "grad_input", {M, K}),         pointer<W>(grad_weight, "grad_weight", {N, K}),
-          pointer<W>(grad_bias, "grad_bias", {N}),              pointer<const T>(grad_output, "grad_output", {M, N}),
-          pointer<const T>(preact, "preact", {M, N}),           pointer<const T>(input, "input", {M, K}),
-          pointer<const W>(weight, "weight", {N, K}),           M, N, K, int(activation)};
+  return {pointer<T>(grad_input, "grad_input", {M, K}),
+          pointer<W>(grad_weight, "grad_weight", {N, K}),
+          pointer<W>(grad_bias, "grad_bias", {N}),
+          pointer<const T>(grad_output, "grad_output", {M, N}),
+          pointer<const T>(preact, "preact", {M, N}),
+          pointer<const T>(input, "input", {M, K}),
+          pointer<const W>(weight, "weight", {N, K}),
+          M,
+          N,
+          K,
+          int(activation)};
 }
 
-void forward_cpu(Tensor output, std::optional<Tensor> preact, Tensor input, Tensor weight, std::optional<Tensor> bias, int64_t activation) {
+void forward_cpu(Tensor output, std::optional<Tensor> preact, Tensor input, Tensor weight, std::optional<Tensor> bias,
+                 int64_t activation) {
   with_dtypes<false>(input.scalar_type(), weight.scalar_type(), [&](auto types) {
     using Y = decltype(types);
     HostLease host;
-    cpu::kernels().linear_act_forward(forward_args<typename Y::T, typename Y::W>(output, preact, input, weight, bias, activation), host);
+    cpu::kernels().linear_act_forward(
+        forward_args<typename Y::T, typename Y::W>(output, preact, input, weight, bias, activation), host);
   });
 }
 
-void backward_cpu(std::optional<Tensor> grad_input, std::optional<Tensor> grad_weight, std::optional<Tensor> grad_bias, Tensor grad_output,
-                  std::optional<Tensor> preact, Tensor input, Tensor weight, int64_t activation) {
+void backward_cpu(std::optional<Tensor> grad_input, std::optional<Tensor> grad_weight, std::optional<Tensor> grad_bias,
+                  Tensor grad_output, std::optional<Tensor> preact, Tensor input, Tensor weight, int64_t activation) {
   with_dtypes<false>(input.scalar_type(), weight.scalar_type(), [&](auto types) {
     using Y = decltype(types);
     HostLease host;
     cpu::kernels().linear_act_backward(
-        backward_args<typename Y::T, typename Y::W>(grad_input, grad_weight, grad_bias, grad_output, preact, input, weight, activation), host);
+        backward_args<typename Y::T, typename Y::W>(grad_input, grad_weight, grad_bias, grad_output, preact, input,
+                                                    weight, activation),
+        host);
   });
 }
 
 #ifdef FASTFT_WITH_CUDA
-void forward_cuda(Tensor output, std::optional<Tensor> preact, Tensor input, Tensor weight, std::optional<Tensor> bias, int64_t activation) {
+void forward_cuda(Tensor output, std::optional<Tensor> preact, Tensor input, Tensor weight, std::optional<Tensor> bias,
+                  int64_t activation) {
   with_dtypes<true>(input.scalar_type(), weight.scalar_type(), [&](auto types) {
     using Y = decltype(types);
-    cuda::linear_act_forward(forward_args<typename Y::T, typename Y::W>(output, preact, input, weight, bias, activation), current_stream(input));
+    cuda::linear_act_forward(
+        forward_args<typename Y::T, typename Y::W>(output, preact, input, weight, bias, activation),
+        current_stream(input));
   });
 }
 
-void backward_cuda(std::optional<Tensor> grad_input, std::optional<Tensor> grad_weight, std::optional<Tensor> grad_bias, Tensor grad_output,
-                   std::optional<Tensor> preact, Tensor input, Tensor weight, int64_t activation) {
+void backward_cuda(std::optional<Tensor> grad_input, std::optional<Tensor> grad_weight, std::optional<Tensor> grad_bias,
+                   Tensor grad_output, std::optional<Tensor> preact, Tensor input, Tensor weight, int64_t activation) {
   with_dtypes<true>(input.scalar_type(), weight.scalar_type(), [&](auto types) {
     using Y = decltype(types);
-    cuda::linear_act_backward(
-        backward_args<typename Y::T, typename Y::W>(grad_input, grad_weight, grad_bias, grad_output, preact, input, weight, activation),
-        current_stream(input));
+    cuda::linear_act_backward(backward_args<typename Y::T, typename Y::W>(
+                                  grad_input, grad_weight, grad_bias, grad_output, preact, input, weight, activation),
+                              current_stream(input));
   });
 }
 #endif
@@ -65,9 +86,13 @@ void backward_cuda(std::optional<Tensor> grad_input, std::optional<Tensor> grad_
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastft, m) {
-  m.def("linear_act_forward(Tensor(a!) output, Tensor(b!)? preact, Tensor input, Tensor weight, Tensor? bias, int activation) -> ()");
-  m.def("linear_act_backward(Tensor(a!)? grad_input, Tensor(b!)? grad_weight, Tensor(c!)? grad_bias, Tensor grad_output, Tensor? preact, "
-        "Tensor input, Tensor weight, int activation) -> ()");
+  m.def(
+      "linear_act_forward(Tensor(a!) output, Tensor(b!)? preact, Tensor input, Tensor weight, Tensor? bias, int "
+      "activation) -> ()");
+  m.def(
+      "linear_act_backward(Tensor(a!)? grad_input, Tensor(b!)? grad_weight, Tensor(c!)? grad_bias, Tensor grad_output, "
+      "Tensor? preact, "
+      "Tensor input, Tensor weight, int activation) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastft, CPU, m) {
   m.impl("linear_act_forward", TORCH_BOX(&forward_cpu));

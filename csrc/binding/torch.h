@@ -17,17 +17,40 @@ namespace fastft::binding {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-template <class T> struct DtypeOf;
-template <> struct DtypeOf<float> { static constexpr ScalarType value = ScalarType::Float; };
-template <> struct DtypeOf<double> { static constexpr ScalarType value = ScalarType::Double; };
-template <> struct DtypeOf<bf16> { static constexpr ScalarType value = ScalarType::BFloat16; };
-template <> struct DtypeOf<f16> { static constexpr ScalarType value = ScalarType::Half; };
-template <> struct DtypeOf<int64_t> { static constexpr ScalarType value = ScalarType::Long; };
-template <> struct DtypeOf<int32_t> { static constexpr ScalarType value = ScalarType::Int; };
-template <> struct DtypeOf<uint8_t> { static constexpr ScalarType value = ScalarType::Byte; };
+template <class T>
+struct DtypeOf;
+template <>
+struct DtypeOf<float> {
+  static constexpr ScalarType value = ScalarType::Float;
+};
+template <>
+struct DtypeOf<double> {
+  static constexpr ScalarType value = ScalarType::Double;
+};
+template <>
+struct DtypeOf<bf16> {
+  static constexpr ScalarType value = ScalarType::BFloat16;
+};
+template <>
+struct DtypeOf<f16> {
+  static constexpr ScalarType value = ScalarType::Half;
+};
+template <>
+struct DtypeOf<int64_t> {
+  static constexpr ScalarType value = ScalarType::Long;
+};
+template <>
+struct DtypeOf<int32_t> {
+  static constexpr ScalarType value = ScalarType::Int;
+};
+template <>
+struct DtypeOf<uint8_t> {
+  static constexpr ScalarType value = ScalarType::Byte;
+};
 
 [[noreturn]] inline void refuse(const char* name, const char* why) {
-  throw std::runtime_error(std::string("fastft: tensor '") + name + "' " + why + "; call the op through fastft.functional");
+  throw std::runtime_error(std::string("fastft: tensor '") + name + "' " + why +
+                           "; call the op through fastft.functional");
 }
 
 // The pointer of a dense tensor of exactly this dtype and number of elements. An empty tensor's may be null.

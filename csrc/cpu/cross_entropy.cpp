@@ -57,7 +57,8 @@ struct Online {
 
   void raise(V top) {
     sum *= exp(max - top);
-    if constexpr (kSoft) dot += mass != 0 ? mass * (max - top) : V{};  // 0 times the infinite difference of two extreme maxima is NaN
+    if constexpr (kSoft)
+      dot += mass != 0 ? mass * (max - top) : V{};  // 0 times the infinite difference of two extreme maxima is NaN
     max = top;
   }
 };
@@ -87,15 +88,20 @@ struct Rows {
   static constexpr int L = kLanes<F>;
 
   const Args& p;
-  const int64_t C = p.C, S = p.S, count = p.N * S, stride = S > 1 ? 1 : C;  // stride: from one row of a group to the next
+  const int64_t C = p.C, S = p.S, count = p.N * S,
+                stride = S > 1 ? 1 : C;  // stride: from one row of a group to the next
   const bool across = S > 1 || C < 8 * L;
-  const int64_t size = across || kTaskLogits / C > L ? L : kTaskLogits / C > 0 ? kTaskLogits / C : 1;  // rows of a group
+  const int64_t size = across || kTaskLogits / C > L ? L
+                       : kTaskLogits / C > 0         ? kTaskLogits / C
+                                                     : 1;  // rows of a group
   const int64_t groups_of_n = ceil_div(S > 1 ? S : p.N, size), groups = S > 1 ? p.N * groups_of_n : groups_of_n;
-  const int64_t groups_per_task = size * C < kTaskLogits ? kTaskLogits / (size * C) : 1, tasks = ceil_div(groups, groups_per_task);
+  const int64_t groups_per_task = size * C < kTaskLogits ? kTaskLogits / (size * C) : 1,
+                tasks = ceil_div(groups, groups_per_task);
   const F rest = F(1 - p.smoothing), share = F(p.smoothing / double(C));
 
   Group group(int64_t i) const {
-    const int64_t n = S > 1 ? i / groups_of_n : 0, first = (i - n * groups_of_n) * size, left = (S > 1 ? S : p.N) - first;
+    const int64_t n = S > 1 ? i / groups_of_n : 0, first = (i - n * groups_of_n) * size,
+                  left = (S > 1 ? S : p.N) - first;
     return {n * S + first, int(left < size ? left : size), n * C * S + first * stride};
   }
 
@@ -113,7 +119,8 @@ struct Rows {
     t.invalid = -1;
     for (int r = 0; r < L; ++r) {
       const int64_t c = p.target && r < g.rows ? p.target[g.row + r] : p.ignore_index;
-      const bool ignored = c == p.ignore_index, inside = uint64_t(c) < uint64_t(C), valid = p.target && inside && !ignored;
+      const bool ignored = c == p.ignore_index, inside = uint64_t(c) < uint64_t(C),
+                 valid = p.target && inside && !ignored;
       if (!ignored && !inside && t.invalid < 0) t.invalid = g.row + r;
       t.index[r] = valid ? c : -1;
       t.weight[r] = valid ? (p.w ? F(to_float(p.w[c])) : F(1)) : F(!p.target && r < g.rows);
@@ -127,9 +134,13 @@ struct Rows {
 
   // ---- along: from class c of the row at `at`; load reads a whole or a partial register
   template <class Load>
-  V q_along(int64_t at, int64_t c, const Load& load) const { return p.q ? load(p.q + at + c) : V{}; }
+  V q_along(int64_t at, int64_t c, const Load& load) const {
+    return p.q ? load(p.q + at + c) : V{};
+  }
   template <class Load>
-  V w_along(int64_t c, const Load& load) const { return p.w ? load(p.w + c) : broadcast(F(1)); }
+  V w_along(int64_t c, const Load& load) const {
+    return p.w ? load(p.w + c) : broadcast(F(1));
+  }
 
   // ---- across: from a block of classes that was gathered, out[c][r] = in[r][c]; missing rows are zero
   template <class In>
@@ -160,7 +171,9 @@ Online<kSoft, typename R::F> along(const R& rows, int64_t at) {
   using F = typename R::F;
   constexpr int L = R::L;
   const auto* const x = rows.p.x + at;
-  const auto soft_at = [&](int64_t c) { return rows.soft(rows.q_along(at, c, load_whole), rows.w_along(c, load_whole)); };
+  const auto soft_at = [&](int64_t c) {
+    return rows.soft(rows.q_along(at, c, load_whole), rows.w_along(c, load_whole));
+  };
   Online<kSoft, F> online;
   int64_t c = 0;
   const auto value = [&](int i) { return load(x + c + i * L); };
@@ -186,7 +199,9 @@ Online<kSoft, typename R::F> across(const R& rows, const Group& g) {
     const int classes = int(rows.C - c < kBlock ? rows.C - c : kBlock);
     rows.gather(x, rows.p.x + g.at + c * rows.S, g.rows, classes);
     if (kSoft && rows.p.q) rows.gather(q, rows.p.q + g.at + c * rows.S, g.rows, classes);
-    online.add(classes, [&](int i) { return load(x + i * L); }, [&](int i) { return rows.soft(load(q + i * L), rows.w_across(c + i)); });
+    online.add(
+        classes, [&](int i) { return load(x + i * L); },
+        [&](int i) { return rows.soft(load(q + i * L), rows.w_across(c + i)); });
   }
   return online;
 }
@@ -281,7 +296,8 @@ void backward_along(const R& rows, int64_t at, int64_t index, const Scales<F>& b
   });
   if (p.dx && index >= 0) {
     const V x = broadcast(F(to_float(p.x[at + index])) - by.max);
-    p.dx[at + index] = from_float<typename R::Logit>(grad_logits<kSoft>(x, rows.soft(V{}, rows.w_across(index)), by)[0] - by.hard);
+    p.dx[at + index] =
+        from_float<typename R::Logit>(grad_logits<kSoft>(x, rows.soft(V{}, rows.w_across(index)), by)[0] - by.hard);
   }
 }
 
@@ -340,7 +356,9 @@ void cross_entropy_forward(const CrossEntropyForward<T, W>& p, const Host& host)
 template <class T, class W>
 void cross_entropy_backward(const CrossEntropyBackward<T, W>& p, const Host& host) {
   const Rows<T, W, CrossEntropyBackward<T, W>> rows{p};
-  rows.for_groups(host, [&](const Group& g, int64_t) { p.q || p.smoothing > 0 ? backward_group<true>(rows, g) : backward_group<false>(rows, g); });
+  rows.for_groups(host, [&](const Group& g, int64_t) {
+    p.q || p.smoothing > 0 ? backward_group<true>(rows, g) : backward_group<false>(rows, g);
+  });
 }
 
 FASTFT_INSTANTIATE(cross_entropy_forward, CrossEntropyForward)

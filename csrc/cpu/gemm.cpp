@@ -4,11 +4,13 @@
 namespace FASTFT_NAMESPACE {
 namespace {
 
-constexpr int kDepth = 128;                 // units of depth per block: B's block of a panel is 16 KB (AVX-512), its tile of A 7 KB: both in L1
-constexpr int kDepthStride = kDepth + 16;   // row stride of a copied block of A: 9 cache lines, so that 14 rows fall into 14 different sets
-constexpr int kPanelRows = (kTileRows + 7) / 8 * 8;  // row stride of a transposed block's panels
-constexpr int64_t kPackDepth = 128, kPackPanels = 16; // a task of packing B reads runs of 16 panels' width
-constexpr int64_t kBlockTiles = 8, kBlockCols = 768; // C of a task: at most 8 x 14 x 768 x 4 B = 344 KB of L2
+constexpr int kDepth =
+    128;  // units of depth per block: B's block of a panel is 16 KB (AVX-512), its tile of A 7 KB: both in L1
+constexpr int kDepthStride =
+    kDepth + 16;  // row stride of a copied block of A: 9 cache lines, so that 14 rows fall into 14 different sets
+constexpr int kPanelRows = (kTileRows + 7) / 8 * 8;    // row stride of a transposed block's panels
+constexpr int64_t kPackDepth = 128, kPackPanels = 16;  // a task of packing B reads runs of 16 panels' width
+constexpr int64_t kBlockTiles = 8, kBlockCols = 768;   // C of a task: at most 8 x 14 x 768 x 4 B = 344 KB of L2
 
 // ---- conversion of stored elements to units
 
@@ -53,7 +55,8 @@ inline void interleave_units(typename Tile::Unit* out, const T* in, int64_t stri
 
 // Depth-major: a few panels at a time, so that rows are read in long runs.
 template <class Tile, class T>
-void pack_panels(typename Tile::Unit* out, int64_t panel_size, Operand<T> b, int64_t K, int64_t col, int64_t cols, int64_t from, int64_t to) {
+void pack_panels(typename Tile::Unit* out, int64_t panel_size, Operand<T> b, int64_t K, int64_t col, int64_t cols,
+                 int64_t from, int64_t to) {
   constexpr int N = kTileCols<Tile>, P = Tile::kPair, L = kLanes<typename Tile::Acc>;
   for (int64_t p = from; p < to; ++p) {
     const T* row = b.data + p * P * b.stride + col;
@@ -69,11 +72,13 @@ void pack_panels(typename Tile::Unit* out, int64_t panel_size, Operand<T> b, int
 }
 
 template <class Tile>
-inline void transpose_square(typename Tile::Unit* out, int64_t out_stride, const typename Tile::Unit* in, int64_t in_stride);
+inline void transpose_square(typename Tile::Unit* out, int64_t out_stride, const typename Tile::Unit* in,
+                             int64_t in_stride);
 
 // Depth is contiguous: transposed, L columns by L units of depth at a time, through registers.
 template <class Tile, class T>
-void pack_transposed(typename Tile::Unit* out, Operand<T> b, int64_t K, int64_t col, int cols, int64_t from, int64_t to) {
+void pack_transposed(typename Tile::Unit* out, Operand<T> b, int64_t K, int64_t col, int cols, int64_t from,
+                     int64_t to) {
   using Unit = typename Tile::Unit;
   constexpr int N = kTileCols<Tile>, P = Tile::kPair, L = kLanes<Unit>;
   Unit square[L * L];
@@ -83,7 +88,8 @@ void pack_transposed(typename Tile::Unit* out, Operand<T> b, int64_t K, int64_t 
       const int64_t units = to - p < L ? to - p : L;
       const int64_t left = K - p * P, elements = left < units * P ? left : units * P;
       if (live < L || elements < L * P) std::memset(square, 0, sizeof square);
-      for (int j = 0; j < live; ++j) copy_units<Tile>(square + j * L, b.data + (col + j0 + j) * b.stride + p * P, elements);
+      for (int j = 0; j < live; ++j)
+        copy_units<Tile>(square + j * L, b.data + (col + j0 + j) * b.stride + p * P, elements);
       if (units == L) {
         transpose_square<Tile>(out + p * N + j0, N, square, L);
       } else {
@@ -95,26 +101,36 @@ void pack_transposed(typename Tile::Unit* out, Operand<T> b, int64_t K, int64_t 
 }
 
 // L x L units: log2(L) rounds of perfect shuffles between the halves of a list of registers.
-template <int L, class V> struct Interleave;
-template <class V> struct Interleave<2, V> {
+template <int L, class V>
+struct Interleave;
+template <class V>
+struct Interleave<2, V> {
   static V low(V a, V b) { return __builtin_shufflevector(a, b, 0, 2); }
   static V high(V a, V b) { return __builtin_shufflevector(a, b, 1, 3); }
 };
-template <class V> struct Interleave<4, V> {
+template <class V>
+struct Interleave<4, V> {
   static V low(V a, V b) { return __builtin_shufflevector(a, b, 0, 4, 1, 5); }
   static V high(V a, V b) { return __builtin_shufflevector(a, b, 2, 6, 3, 7); }
 };
-template <class V> struct Interleave<8, V> {
+template <class V>
+struct Interleave<8, V> {
   static V low(V a, V b) { return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11); }
   static V high(V a, V b) { return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15); }
 };
-template <class V> struct Interleave<16, V> {
-  static V low(V a, V b) { return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23); }
-  static V high(V a, V b) { return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31); }
+template <class V>
+struct Interleave<16, V> {
+  static V low(V a, V b) {
+    return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  }
+  static V high(V a, V b) {
+    return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  }
 };
 
 template <class Tile>
-inline void transpose_square(typename Tile::Unit* out, int64_t out_stride, const typename Tile::Unit* in, int64_t in_stride) {
+inline void transpose_square(typename Tile::Unit* out, int64_t out_stride, const typename Tile::Unit* in,
+                             int64_t in_stride) {
   using Unit = typename Tile::Unit;
   constexpr int L = kLanes<Unit>;
   Vec<Unit> row[L], next[L];
@@ -140,11 +156,13 @@ template <class Tile, class T>
 void copy_rows(typename Tile::Unit* out, Operand<T> a, int64_t K, int64_t row, int64_t rows, int64_t from, int64_t to) {
   constexpr int P = Tile::kPair;
   const int64_t elements = (K < to * P ? K : to * P) - from * P;
-  for (int64_t i = 0; i < rows; ++i) copy_units<Tile>(out + i * kDepthStride, a.data + (row + i) * a.stride + from * P, elements);
+  for (int64_t i = 0; i < rows; ++i)
+    copy_units<Tile>(out + i * kDepthStride, a.data + (row + i) * a.stride + from * P, elements);
 }
 
 template <class Tile, class T>
-void copy_panels(typename Tile::Unit* out, Operand<T> a, int64_t M, int64_t K, int64_t row, int64_t rows, int64_t from, int64_t to) {
+void copy_panels(typename Tile::Unit* out, Operand<T> a, int64_t M, int64_t K, int64_t row, int64_t rows, int64_t from,
+                 int64_t to) {
   constexpr int P = Tile::kPair;
   for (int64_t p = from; p < to; ++p) {
     const T* in = a.data + p * P * a.stride + row;
@@ -162,7 +180,8 @@ void copy_panels(typename Tile::Unit* out, Operand<T> a, int64_t M, int64_t K, i
 inline void prefetch_for_write(Target target, int64_t row, int64_t col, int rows, int cols) {
   if (!target.data) return;
   for (int i = 0; i < rows; ++i) {
-    const char* const line = static_cast<const char*>(target.data) + (row + i) * target.row_bytes + col * target.element_bytes;
+    const char* const line =
+        static_cast<const char*>(target.data) + (row + i) * target.row_bytes + col * target.element_bytes;
     for (int64_t byte = 0; byte < int64_t(cols) * target.element_bytes; byte += 64) __builtin_prefetch(line + byte, 1);
   }
 }
@@ -175,12 +194,15 @@ Partition partition(int64_t M, int64_t N, int tile_rows, int tile_cols, int thre
   // elements against kTileCols), loading a panel of B about a sixth of a tile's.
   double best_time = 1e300;
   const int64_t max_tiles = best.tiles < kBlockTiles ? best.tiles : kBlockTiles;
-  const int64_t panels_of_block = kBlockCols / tile_cols, max_panels = best.panels < panels_of_block ? best.panels : panels_of_block;
-  for (int64_t row_blocks = ceil_div(best.tiles, max_tiles), end = 4 * row_blocks; row_blocks <= end && row_blocks <= best.tiles; ++row_blocks)
+  const int64_t panels_of_block = kBlockCols / tile_cols,
+                max_panels = best.panels < panels_of_block ? best.panels : panels_of_block;
+  for (int64_t row_blocks = ceil_div(best.tiles, max_tiles), end = 4 * row_blocks;
+       row_blocks <= end && row_blocks <= best.tiles; ++row_blocks)
     for (int64_t col_blocks = ceil_div(best.panels, max_panels); col_blocks <= best.panels; ++col_blocks) {
       const int64_t block_tiles = ceil_div(best.tiles, row_blocks), block_panels = ceil_div(best.panels, col_blocks);
       const int64_t tasks = ceil_div(best.tiles, block_tiles) * ceil_div(best.panels, block_panels);
-      const double task_time = double(block_tiles) * double(block_panels) + 0.3 * double(block_tiles) + 0.15 * double(block_panels);
+      const double task_time =
+          double(block_tiles) * double(block_panels) + 0.3 * double(block_tiles) + 0.15 * double(block_panels);
       const double time = task_time * double(ceil_div(tasks, threads));
       if (time < best_time * 0.999) {
         best_time = time;
@@ -193,7 +215,8 @@ Partition partition(int64_t M, int64_t N, int tile_rows, int tile_cols, int thre
 }
 
 template <class T, class TA, class TB>
-void gemm(int64_t M, int64_t N, int64_t K, Operand<TA> a, Operand<TB> b, Epilogue<typename TileFor<T>::type::Acc> epilogue, const Host& host) {
+void gemm(int64_t M, int64_t N, int64_t K, Operand<TA> a, Operand<TB> b,
+          Epilogue<typename TileFor<T>::type::Acc> epilogue, const Host& host) {
   using Tile = typename TileFor<T>::type;
   using Unit = typename Tile::Unit;
   using Acc = typename Tile::Acc;
@@ -205,10 +228,12 @@ void gemm(int64_t M, int64_t N, int64_t K, Operand<TA> a, Operand<TB> b, Epilogu
 
   Unit* const packed = scratch<Unit>(host, part.panels * depth * kCols);
   const int64_t panel_size = depth * kCols;
-  const int64_t chunk = b.depth_major ? kPackDepth : kPackDepth * 8, group = b.depth_major ? kPackPanels : 1;  // of one task
+  const int64_t chunk = b.depth_major ? kPackDepth : kPackDepth * 8,
+                group = b.depth_major ? kPackPanels : 1;  // of one task
   const int64_t chunks = ceil_div(depth, chunk), groups = ceil_div(part.panels, group);
   parallel_for(host, chunks * groups, [&](int64_t task, int) {
-    const int64_t panel = task / chunks * group, from = task % chunks * chunk, to = from + chunk < depth ? from + chunk : depth;
+    const int64_t panel = task / chunks * group, from = task % chunks * chunk,
+                  to = from + chunk < depth ? from + chunk : depth;
     const int64_t col = panel * kCols, cols = N - col < group * kCols ? N - col : group * kCols;
     if (b.depth_major)
       pack_panels<Tile>(packed + panel * panel_size, panel_size, b, K, col, cols, from, to);
@@ -216,13 +241,15 @@ void gemm(int64_t M, int64_t N, int64_t K, Operand<TA> a, Operand<TB> b, Epilogu
       pack_transposed<Tile>(packed + panel * panel_size, b, K, col, int(cols), from, to);
   });
 
-  const int64_t c_size = part.block_tiles * part.block_panels * kTileRows * kCols, a_size = part.block_tiles * tile_units + 64;
+  const int64_t c_size = part.block_tiles * part.block_panels * kTileRows * kCols,
+                a_size = part.block_tiles * tile_units + 64;
   Acc* const c_all = scratch<Acc>(host, host.threads * c_size);
   Unit* const a_all = scratch<Unit>(host, host.threads * a_size);
   parallel_for(host, part.row_blocks() * part.col_blocks(), [&](int64_t task, int worker) {
     Acc* const c = c_all + worker * c_size;
     Unit* const rows_of_a = a_all + worker * a_size;
-    const int64_t tile0 = task / part.col_blocks() * part.block_tiles, panel0 = task % part.col_blocks() * part.block_panels;
+    const int64_t tile0 = task / part.col_blocks() * part.block_tiles,
+                  panel0 = task % part.col_blocks() * part.block_panels;
     const int64_t tiles = part.tiles - tile0 < part.block_tiles ? part.tiles - tile0 : part.block_tiles;
     const int64_t panels = part.panels - panel0 < part.block_panels ? part.panels - panel0 : part.block_panels;
     const int64_t row0 = tile0 * kTileRows, rows = M - row0 < tiles * kTileRows ? M - row0 : tiles * kTileRows;
@@ -241,7 +268,8 @@ void gemm(int64_t M, int64_t N, int64_t K, Operand<TA> a, Operand<TB> b, Epilogu
           Acc* const c_tile = c + (panel * tiles + t) * (kTileRows * kCols);
           const int live = int(rows - t * kTileRows < kTileRows ? rows - t * kTileRows : kTileRows);
           if (to == depth)
-            for (const Target& target : epilogue.writes) prefetch_for_write(target, row0 + t * kTileRows, col, live, cols);
+            for (const Target& target : epilogue.writes)
+              prefetch_for_write(target, row0 + t * kTileRows, col, live, cols);
           if (a.depth_major)
             tile_of_rows<Tile, 1, kPanelRows>(live, c_tile, rows_of_a + t * tile_units, b_block, to - from, from > 0);
           else
@@ -255,8 +283,9 @@ void gemm(int64_t M, int64_t N, int64_t K, Operand<TA> a, Operand<TB> b, Epilogu
 }
 
 // Forward and data gradient multiply activations by parameters, the weight gradient activations by activations.
-#define FASTFT_GEMM(T, TA, TB) \
-  template void gemm<T, TA, TB>(int64_t, int64_t, int64_t, Operand<TA>, Operand<TB>, Epilogue<typename TileFor<T>::type::Acc>, const Host&);
+#define FASTFT_GEMM(T, TA, TB)                                                       \
+  template void gemm<T, TA, TB>(int64_t, int64_t, int64_t, Operand<TA>, Operand<TB>, \
+                                Epilogue<typename TileFor<T>::type::Acc>, const Host&);
 FASTFT_GEMM(float, float, float)
 FASTFT_GEMM(bf16, bf16, bf16)
 FASTFT_GEMM(bf16, bf16, float)

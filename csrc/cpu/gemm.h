@@ -34,15 +34,25 @@ struct Epilogue {
 };
 
 // The tile that multiplies activations of dtype T (with parameters of either dtype, which are converted when packed).
-template <class T> struct TileFor { using type = TileF32; };
-template <> struct TileFor<double> { using type = TileF64; };
+template <class T>
+struct TileFor {
+  using type = TileF32;
+};
+template <>
+struct TileFor<double> {
+  using type = TileF64;
+};
 #if defined(FASTFT_ISA_AVX512_BF16)
-template <> struct TileFor<bf16> { using type = TileBf16Dot; };
+template <>
+struct TileFor<bf16> {
+  using type = TileBf16Dot;
+};
 #endif
 
 // T: the dtype of activations, which selects the tile; TA, TB: the operands' own.
 template <class T, class TA, class TB>
-void gemm(int64_t M, int64_t N, int64_t K, Operand<TA> a, Operand<TB> b, Epilogue<typename TileFor<T>::type::Acc> epilogue, const Host& host);
+void gemm(int64_t M, int64_t N, int64_t K, Operand<TA> a, Operand<TB> b,
+          Epilogue<typename TileFor<T>::type::Acc> epilogue, const Host& host);
 
 // How C is cut into tasks: a grid of blocks of whole tiles.
 struct Partition {

@@ -16,7 +16,7 @@ namespace FASTFT_NAMESPACE {
 #if defined(FASTFT_ISA_AVX512) || defined(FASTFT_ISA_AVX512_BF16)
 constexpr int kTileRows = 14, kTileVecs = 2;  // 28 accumulators + 2 for B + 1 broadcast = 31 of 32
 #else
-constexpr int kTileRows = 6, kTileVecs = 2;   // 12 + 2 + 1 = 15 of 16
+constexpr int kTileRows = 6, kTileVecs = 2;  // 12 + 2 + 1 = 15 of 16
 #endif
 
 struct TileF32 {
@@ -48,7 +48,8 @@ template <class Tile>
 constexpr int kTileCols = kTileVecs * kLanes<typename Tile::Acc>;
 
 template <class Tile, int kRows, int kRowStride, int kDepthStride>
-void tile(typename Tile::Acc* __restrict c, const typename Tile::Unit* __restrict a, const typename Tile::Unit* __restrict b, int64_t depth, bool add) {
+void tile(typename Tile::Acc* __restrict c, const typename Tile::Unit* __restrict a,
+          const typename Tile::Unit* __restrict b, int64_t depth, bool add) {
   using Unit = typename Tile::Unit;
   using Acc = typename Tile::Acc;
   constexpr int L = kLanes<Acc>, N = kTileCols<Tile>;
@@ -75,7 +76,8 @@ void tile(typename Tile::Acc* __restrict c, const typename Tile::Unit* __restric
 
 // The tile for 1 <= rows <= kTileRows: the smallest of a few sizes that holds them.
 template <class Tile, int kRowStride, int kDepthStride>
-void tile_of_rows(int rows, typename Tile::Acc* c, const typename Tile::Unit* a, const typename Tile::Unit* b, int64_t depth, bool add) {
+void tile_of_rows(int rows, typename Tile::Acc* c, const typename Tile::Unit* a, const typename Tile::Unit* b,
+                  int64_t depth, bool add) {
   if (rows > kTileRows * 4 / 7) return tile<Tile, kTileRows, kRowStride, kDepthStride>(c, a, b, depth, add);
   if constexpr (kTileRows > 8)
     if (rows > 4) return tile<Tile, 8, kRowStride, kDepthStride>(c, a, b, depth, add);

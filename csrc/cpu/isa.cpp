@@ -8,8 +8,8 @@
 namespace fastft::cpu {
 
 // Weak: a set that the compiler could not build is not in the library, and its address is null.
-#define FASTFT_TABLE(isa) \
-  namespace isa {         \
+#define FASTFT_TABLE(isa)                           \
+  namespace isa {                                   \
   extern const Kernels table __attribute__((weak)); \
   }
 FASTFT_TABLE(baseline)
@@ -31,10 +31,15 @@ struct Choice {
   const Set* used;  // switched by tests only, while no kernel runs
   char names[64];
 
-  Choice() : sets{{"baseline", &baseline::table, true}, {"avx2", &avx2::table, false}, {"avx512", &avx512::table, false}, {"avx512_bf16", &avx512_bf16::table, false}} {
+  Choice()
+      : sets{{"baseline", &baseline::table, true},
+             {"avx2", &avx2::table, false},
+             {"avx512", &avx512::table, false},
+             {"avx512_bf16", &avx512_bf16::table, false}} {
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    sets[1].supported = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+    sets[1].supported =
+        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
     sets[2].supported = sets[1].supported && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     sets[3].supported = sets[2].supported && __builtin_cpu_supports("avx512bf16");

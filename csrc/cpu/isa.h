@@ -32,10 +32,21 @@ using Vec = typename VecOf<T>::type;
 template <class T>
 constexpr int kLanes = kVectorBytes / int(sizeof(T));
 
-template <> struct Number<Vec<float>> { using Scalar = float; using Bits = Vec<uint32_t>; };
-template <> struct Number<Vec<double>> { using Scalar = double; using Bits = Vec<uint64_t>; };
+template <>
+struct Number<Vec<float>> {
+  using Scalar = float;
+  using Bits = Vec<uint32_t>;
+};
+template <>
+struct Number<Vec<double>> {
+  using Scalar = double;
+  using Bits = Vec<uint64_t>;
+};
 #if defined(FASTFT_ISA_AVX512) || defined(FASTFT_ISA_AVX512_BF16)
-template <> FASTFT_INLINE Vec<float> times_two_to(Vec<float> x, Vec<float> n) { return _mm512_maskz_scalef_ps(0xffff, x, n); }
+template <>
+FASTFT_INLINE Vec<float> times_two_to(Vec<float> x, Vec<float> n) {
+  return _mm512_maskz_scalef_ps(0xffff, x, n);
+}
 #endif
 
 template <class T>
@@ -82,10 +93,14 @@ inline void store(bf16* p, Vec<float> v) {
 #if defined(FASTFT_ISA_AVX512) || defined(FASTFT_ISA_AVX512_BF16)
 inline Vec<float> load(const float* p, int n) { return _mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p); }
 inline Vec<double> load(const double* p, int n) { return _mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), p); }
-inline HalfBits load_half_bits(const bf16* p, int n) { return (HalfBits)_mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p); }
+inline HalfBits load_half_bits(const bf16* p, int n) {
+  return (HalfBits)_mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p);
+}
 inline void store(float* p, Vec<float> v, int n) { _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), v); }
 inline void store(double* p, Vec<double> v, int n) { _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), v); }
-inline void store_half_bits(bf16* p, HalfBits v, int n) { _mm256_mask_storeu_epi16(p, __mmask16((1u << n) - 1), (__m256i)v); }
+inline void store_half_bits(bf16* p, HalfBits v, int n) {
+  _mm256_mask_storeu_epi16(p, __mmask16((1u << n) - 1), (__m256i)v);
+}
 #else
 template <class V, class T>
 inline V load_some(const T* p, int n) {
@@ -108,10 +123,14 @@ inline void store(float* p, Vec<float> v, int n) { store_some(p, v, n); }
 inline void store(double* p, Vec<double> v, int n) { store_some(p, v, n); }
 inline void store_half_bits(bf16* p, HalfBits v, int n) { store_some(p, v, n); }
 #endif
-inline Vec<uint32_t> load_bits(const bf16* p, int n) { return __builtin_convertvector(load_half_bits(p, n), Vec<uint32_t>); }
+inline Vec<uint32_t> load_bits(const bf16* p, int n) {
+  return __builtin_convertvector(load_half_bits(p, n), Vec<uint32_t>);
+}
 inline Vec<uint32_t> load_bits(const float* p, int n) { return round_bf16(load(p, n)) >> 16; }
 inline Vec<float> load(const bf16* p, int n) { return (Vec<float>)(load_bits(p, n) << 16); }
-inline void store(bf16* p, Vec<float> v, int n) { store_half_bits(p, __builtin_convertvector(round_bf16(v) >> 16, HalfBits), n); }
+inline void store(bf16* p, Vec<float> v, int n) {
+  store_half_bits(p, __builtin_convertvector(round_bf16(v) >> 16, HalfBits), n);
+}
 
 // Calls body(j, load/store pair) over n elements: whole registers, then one partial register.
 //   for_lanes<T>(n, [&](int64_t j, auto load, auto store) { store(y + j, f(load(x + j))); });
@@ -119,8 +138,7 @@ template <class F, class Body>
 inline __attribute__((always_inline)) void for_lanes(int64_t n, const Body& body) {
   constexpr int L = kLanes<F>;
   int64_t j = 0;
-  for (; j + L <= n; j += L)
-    body(j, [](const auto* p) { return load(p); }, [](auto* p, Vec<F> v) { store(p, v); });
+  for (; j + L <= n; j += L) body(j, [](const auto* p) { return load(p); }, [](auto* p, Vec<F> v) { store(p, v); });
   if (const int rest = int(n - j))
     body(j, [rest](const auto* p) { return load(p, rest); }, [rest](auto* p, Vec<F> v) { store(p, v, rest); });
 }
@@ -157,7 +175,8 @@ inline void parallel_for(const Host& host, int64_t tasks, const Body& body) {
       [](void* context, int64_t begin, int64_t end) {
         Shared& s = *static_cast<Shared*>(context);
         for (int64_t worker = begin; worker < end; ++worker)
-          for (int64_t task; (task = __atomic_fetch_add(&s.next, 1, __ATOMIC_RELAXED)) < s.tasks;) s.body(task, int(worker));
+          for (int64_t task; (task = __atomic_fetch_add(&s.next, 1, __ATOMIC_RELAXED)) < s.tasks;)
+            s.body(task, int(worker));
       },
       &shared);
 }
@@ -170,17 +189,18 @@ inline T* scratch(const Host& host, int64_t elements) {
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Declarations of every kernel in this instruction set's namespace, and the line that instantiates one at the end of its file.
-#define FASTFT_X(name, Args) \
-  template <class T, class W> void name(const Args<T, W>&, const Host&);
+#define FASTFT_X(name, Args)  \
+  template <class T, class W> \
+  void name(const Args<T, W>&, const Host&);
 FASTFT_KERNELS(FASTFT_X)
 #undef FASTFT_X
 double peak_f32(double seconds, const Host&);
 double peak_bf16(double seconds, const Host&);
 
-#define FASTFT_INSTANTIATE(name, Args)                             \
-  template void name<float, float>(const Args<float, float>&, const Host&);    \
-  template void name<bf16, bf16>(const Args<bf16, bf16>&, const Host&);        \
-  template void name<bf16, float>(const Args<bf16, float>&, const Host&);      \
+#define FASTFT_INSTANTIATE(name, Args)                                      \
+  template void name<float, float>(const Args<float, float>&, const Host&); \
+  template void name<bf16, bf16>(const Args<bf16, bf16>&, const Host&);     \
+  template void name<bf16, float>(const Args<bf16, float>&, const Host&);   \
   template void name<double, double>(const Args<double, double>&, const Host&);
 
 }  // namespace FASTFT_NAMESPACE

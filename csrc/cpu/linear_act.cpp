@@ -91,7 +91,7 @@ void linear_act_forward(const LinearActForward<T, W>& p, const Host& host) {
   dispatch_activation(p.activation, [&](auto activation) {
     constexpr int size = sizeof(T);
     const ForwardEpilogue<T, W, activation.value> epilogue{p};
-    gemm<T>(p.M, p.N, p.K, Operand<T>{p.x, p.K, false}, Operand<W>{p.w, p.K, false}, 
+    gemm<T>(p.M, p.N, p.K, Operand<T>{p.x, p.K, false}, Operand<W>{p.w, p.K, false},
             {&epilogue.run, &epilogue, {{p.y, p.N * size, size}, {p.z, p.N * size, size}}}, host);
   });
 }

@@ -1,6 +1,6 @@
 // The rate at which this instruction set multiplies and adds, as the yardstick of benchmarks; it computes nothing.
 // Every thread runs a loop of independent multiply-adds that touches no memory, until a common deadline.
-// kSums chains hide the latency of every core so far: 4 cycles x 2 units = 8, with room. More than the registers hold would spill.
+// kSums chains hide the latency of every core so far: 4 cycles x 2 units = 8, with room; the registers hold no more.
 #include <time.h>
 
 #include "gemm_tiles.h"
@@ -52,8 +52,9 @@ double peak_f32(double seconds, const Host& host) {
 
 double peak_bf16(double seconds, const Host& host) {
 #if defined(FASTFT_ISA_AVX512_BF16)
-  const Vec<uint32_t> halves = broadcast(0x3f003f00u);
-  return rate(seconds, 4.0 * kLanes<float>, host, [=](Vec<float> c) { return TileBf16Dot::multiply_add(c, 0x3f003f00u, halves); });
+  const Vec<uint32_t> halves = broadcast(0x3f003f00u);  // pairs of bf16 0.5
+  return rate(seconds, 4.0 * kLanes<float>, host,
+              [=](Vec<float> c) { return TileBf16Dot::multiply_add(c, 0x3f003f00u, halves); });
 #else
   (void)seconds, (void)host;
   return 0;

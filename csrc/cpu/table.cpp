@@ -8,7 +8,7 @@ const Kernels table = {
 #define FASTFT_X(name, Args) {&name<float, float>, &name<bf16, bf16>, &name<bf16, float>, &name<double, double>},
     FASTFT_KERNELS(FASTFT_X)
 #undef FASTFT_X
-    &peak_f32,
+        & peak_f32,
     &peak_bf16,
 };
 

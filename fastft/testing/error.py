@@ -8,12 +8,14 @@ For each result, over at least 10 000 elements (more seeds where one call gives 
 where an ulp is the spacing of the result's dtype at the truth's magnitude. For float64 results PyTorch's float32 error
 times 2^-29 is the yardstick: 4 times that plus 4 ulp, mean and maximum alike.
 
-A result that stays small (a scalar loss, a bias gradient) is pooled with the other small ones, each measured in its own
-unit, PyTorch's mean error plus a mean ulp, so that none drowns in another's magnitude.
+A result that stays small (a scalar loss, a bias gradient) is pooled with the other small ones, and with larger ones
+where these are too few, each measured in its own unit, PyTorch's mean error plus a mean ulp, so that none drowns in
+another's magnitude.
 """
 
 import copy
 import itertools
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,12 +26,29 @@ from fastft.testing.spec import OpSpec, TensorMaker, is_float
 
 ENOUGH = 10_000  # elements
 SEEDS = 8  # that a case is repeated with before its small results are pooled with other cases'
+CHUNK = 1 << 22  # elements compared at a time, 200 MB of float64
 
 Results = Mapping[str, torch.Tensor]
 
 
 class BudgetExceeded(AssertionError):
     """A result is further from the truth than the budget allows; the text names the worst element."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a chunk of a result begins."""
+
+    shape: torch.Size
+    start: int
+    seed: int
+
+    def describe(self, i: int, ours: torch.Tensor, theirs: torch.Tensor, truth: torch.Tensor) -> str:
+        """The element ``i`` of the chunk: its index in the result, and its three values."""
+        index = tuple(int(k) for k in torch.unravel_index(torch.tensor(self.start + i), self.shape))
+        found = (("ours", ours), ("PyTorch", theirs), ("truth", truth))
+        values = ", ".join(f"{name} {tensor[i].item():.9g}" for name, tensor in found)
+        return f"worst element {index} of seed {self.seed}: {values}"
 
 
 @dataclass
@@ -54,16 +73,21 @@ class _Errors:
     @property
     def unit(self) -> float:
         mean, _, ulps = self.factors
-        return (mean * self.theirs + ulps * self.ulp) / self.count
+        # Zero where all elements are exempt: nothing is judged then, and any error beyond zero counts as infinite.
+        return (mean * self.theirs + ulps * self.ulp) / self.count or math.ulp(0.0)
 
     def add(self, ours: torch.Tensor, theirs: torch.Tensor, truth: torch.Tensor, seed: int) -> None:
+        flat = [tensor.reshape(-1) for tensor in (ours, theirs, truth)]
+        for start in range(0, truth.numel(), CHUNK):
+            self._add(*(tensor[start : start + CHUNK] for tensor in flat), _Place(truth.shape, start, seed))
+
+    def _add(self, ours: torch.Tensor, theirs: torch.Tensor, truth: torch.Tensor, place: "_Place") -> None:
         rounded = truth.to(self.dtype)
         overflow = ~theirs.isfinite()  # in PyTorch's intermediate results; ours may do the same or better
         exempt = ~rounded.isfinite() | (overflow & _same(ours, theirs.to(self.dtype)))
         wrong = exempt & ~_same(ours, rounded) & ~_same(ours, theirs.to(self.dtype))
         if wrong.any():
-            index = tuple(wrong.nonzero()[0].tolist())
-            raise BudgetExceeded(f"{self.what}\n  {_element(index, seed, ours, theirs, truth)}")
+            raise BudgetExceeded(f"{self.what}\n  {place.describe(int(wrong.nonzero()[0]), ours, theirs, truth)}")
         ours_error = (ours.double() - truth).abs().masked_fill(exempt, 0)
         theirs_error = (theirs.double() - truth).abs().masked_fill(exempt | overflow, 0)
         ulp = ulps(truth, self.dtype).masked_fill(exempt, 0)
@@ -72,12 +96,11 @@ class _Errors:
         self.theirs += theirs_error.sum().item()
         self.ulp += ulp.sum().item()
         self.theirs_max = max(self.theirs_max, theirs_error.max().item())
-        excess = (ours_error - self.factors[2] * ulp).flatten()
+        excess = ours_error - self.factors[2] * ulp
         worst = int(excess.argmax())  # of a NaN, if there is one
         if not excess[worst].item() <= self.excess:
             self.excess = excess[worst].item()
-            index = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), truth.shape))
-            self.worst = _element(index, seed, ours, theirs, truth)
+            self.worst = place.describe(worst, ours, theirs, truth)
 
     def verdict(self) -> str | None:
         """None, or what is exceeded, with the worst element."""
@@ -130,25 +153,31 @@ class Budget:
                 errors.add(result, other, true, seed)
 
     def short(self, case: str) -> bool:
-        """Whether a result of this case has fewer than 10 000 elements yet."""
-        return any(errors.count < ENOUGH for (of, _), errors in self._errors.items() if of == case)
+        """Whether more seeds would tell more: a result has fewer than 10 000 elements, the case not many more."""
+        counts = [errors.count for (of, _), errors in self._errors.items() if of == case]
+        return min(counts, default=ENOUGH) < ENOUGH and sum(counts) < 10 * ENOUGH
 
     @property
     def enough(self) -> bool:
-        """Whether every result, and the pool of the small ones, has at least 10 000 elements."""
-        return sum(e.count for e in self._small) >= ENOUGH or not self._small
+        """Whether there are 10 000 elements, or none at all: every result is empty."""
+        return not 0 < self._count < ENOUGH
 
     @property
-    def _small(self) -> list[_Errors]:
-        return [errors for errors in self._errors.values() if errors.count < ENOUGH]
+    def _count(self) -> int:
+        return sum(errors.count for errors in self._errors.values())
 
     def check(self) -> None:
         """Raises: BudgetExceeded: with every result that exceeds it."""
         if not self.enough:
-            raise ValueError(f"{sum(e.count for e in self._small)} elements are too few to judge, add other seeds")
-        alone = [errors for errors in self._errors.values() if errors.count >= ENOUGH]
-        pools = [_pooled(dtype, group) for dtype, group in _by_dtype(self._small)]
-        if failures := [verdict for errors in alone + pools if (verdict := errors.verdict())]:
+            raise ValueError(f"{self._count} elements are too few to judge, add other seeds")
+        rising = sorted(self._errors.values(), key=lambda errors: errors.count)
+        alone = [errors for errors in rising if errors.count >= ENOUGH]
+        pool = rising[: len(rising) - len(alone)]
+        for errors in alone:
+            if pool and sum(small.count for small in pool) < ENOUGH:
+                pool.append(errors)
+        judged = [*alone, *([_pooled(pool)] if pool else [])]
+        if failures := [verdict for errors in judged if (verdict := errors.verdict())]:
             raise BudgetExceeded("error budget exceeded\n" + "\n".join(failures))
 
 
@@ -282,24 +311,12 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return (a == b) | (a.isnan() & b.isnan())
 
 
-def _element(index: tuple[int, ...], seed: int, ours: torch.Tensor, theirs: torch.Tensor, truth: torch.Tensor) -> str:
-    values = ", ".join(
-        f"{name} {tensor[index].item():.9g}" for name, tensor in (("ours", ours), ("PyTorch", theirs), ("truth", truth))
-    )
-    return f"worst element {index} of seed {seed}: {values}"
-
-
-def _by_dtype(group: list[_Errors]) -> list[tuple[torch.dtype, list[_Errors]]]:
-    dtypes = dict.fromkeys(errors.dtype for errors in group)
-    return [(dtype, [errors for errors in group if errors.dtype == dtype]) for dtype in dtypes]
-
-
-def _pooled(dtype: torch.dtype, group: list[_Errors]) -> _Errors:
-    """Several small results as one, each in its own unit."""
+def _pooled(group: list[_Errors]) -> _Errors:
+    """Several results as one, each in its own unit."""
     worst = max(group, key=lambda errors: errors.excess / errors.unit)
     return _Errors(
         f"small results together, {worst.what} the worst",
-        dtype,
+        worst.dtype,
         count=sum(e.count for e in group),
         ours=sum(e.ours / e.unit for e in group),
         theirs=sum(e.theirs / e.unit for e in group),

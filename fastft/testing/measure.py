@@ -30,7 +30,9 @@ class Measurement:
 
     def shares(self, peaks: Peaks) -> tuple[float | None, float | None]:
         """Of the floor, by fastft and by torch; BeatsPeak if one is above 1."""
-        return tuple(peaks.share(self.flops, self.bytes, t.median, self.dtype) for t in (self.fastft, self.torch))
+        work = self.flops, self.bytes
+        ours = peaks.share(*work, self.fastft.median, self.dtype, pytorch=self.kernel == "torch")
+        return ours, peaks.share(*work, self.torch.median, self.dtype, pytorch=True)
 
     def as_dict(self) -> dict:
         """For JSON."""

@@ -136,18 +136,13 @@ def all_specs() -> list[OpSpec]:
 class KernelCalls(TorchDispatchMode):
     """Records the calls of our kernels inside its ``with`` block, the backward's too.
 
-    ``calls`` holds (op, args, kwargs), arguments as they were; ``names`` the ops' names in order. Empty: PyTorch's
-    kernels ran.
+    ``calls`` holds (op, args, kwargs), with ``keep_arguments`` as they were before. Empty: PyTorch's kernels ran.
     """
 
     def __init__(self, keep_arguments: bool = False) -> None:
         super().__init__()
         self.calls: list[tuple[Any, tuple, dict]] = []
         self._keep = keep_arguments
-
-    @property
-    def names(self) -> list[str]:
-        return [op.__name__.removesuffix(".default") for op, _, _ in self.calls]
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}

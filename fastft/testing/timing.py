@@ -11,6 +11,7 @@
 import datetime
 import gc
 import math
+import os
 import re
 import shlex
 import statistics
@@ -144,6 +145,7 @@ class Peaks:
     bfloat16: float = 0.0
     copy: float = 0.0
     update: float = 0.0  # may exceed a copy, which on many CPUs reads what it overwrites
+    capped: bool = field(default_factory=lambda: _capped())  # to less than PyTorch's own kernels may use
     _last: float = field(default=-math.inf, repr=False)
     _buffers: tuple[torch.Tensor, torch.Tensor] | None = field(default=None, repr=False)
 
@@ -185,12 +187,17 @@ class Peaks:
             return self.float32 / 2
         return self.float32 if dtype == torch.float32 else max(self.float32, self.bfloat16)
 
-    def share(self, flops: float, nbytes: float, seconds: float, dtype: torch.dtype) -> float | None:
+    def share(
+        self, flops: float, nbytes: float, seconds: float, dtype: torch.dtype, *, pytorch: bool = False
+    ) -> float | None:
         """The floor as a share of ``seconds``: time at the peak FLOP/s or at a copy's bandwidth, whichever is longer.
 
-        Bytes count only where no cache holds them: from four times its size on. None: no floor is known.
+        Bytes count only where no cache holds them: from four times its size on. None: no floor is known, as for
+        PyTorch's kernels (``pytorch``) where the instruction set of ours is capped.
         Raises: BeatsPeak: more FLOP/s than the peak, or more bytes/s than a copy and an update.
         """
+        if pytorch and self.capped:
+            return None
         peak = self.flops(dtype)
         in_memory = self.device == "cuda" or nbytes >= 4 * last_level_cache()
         computing = flops / peak if peak else 0.0
@@ -210,6 +217,11 @@ class Peaks:
     def __str__(self) -> str:
         rates = f"{self.float32 / 1e9:.0f} GFLOP/s float32, {self.flops(torch.bfloat16) / 1e9:.0f} bfloat16"
         return f"{rates}, copy {self.copy / 1e9:.1f} GB/s (best of {self.windows} windows)"
+
+
+def _capped() -> bool:
+    """Whether ours may use less than this CPU's best instruction set, by FASTFT_ISA or ``set_isa``."""
+    return _library.available() and bool(os.environ.get("FASTFT_ISA") or _library.isa() != _library.isas()[-1])
 
 
 def _matmul_rate(dtype: torch.dtype, wait: Run) -> float:

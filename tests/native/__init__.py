@@ -1,7 +1,7 @@
 """The CPU kernels as a NumPy module, in two builds: as they are shipped, and under AddressSanitizer and UBSan.
 
-``kernels()`` is the module (module.cpp); the first takes the objects of the shipped library, the second has its own in
-build/sanitized. ``python -m native`` builds the second; tests run it in a process that preloads the sanitizer's library.
+``kernels()`` is the module (module.cpp). The first build takes the objects of the shipped library. The second has its own,
+in build/sanitized; a process that imports it must have ``sanitizer_environment()``.
 """
 
 import functools
@@ -48,8 +48,8 @@ def compile_module(config: setup.Config, folder: Path, module: str, flags: tuple
     own = (*setup.INCLUDES, *includes, f"-DFASTFT_MODULE={module}", "-O1", *flags)
     edges = [setup.Edge("cxx", folder / "module.o", (HERE / "module.cpp",), own)]
     for isa in ("scalar", *config.isas):
-        defines = (f"-DFASTFT_NAMESPACE=fastft::cpu::{isa}", f"-DFASTFT_TEST_SET={isa}", f"-DFASTFT_ISA_{isa.upper()}=1")
-        own = (*setup.INCLUDES, *defines, *setup.ISA_FLAGS.get(isa, ()), *flags)
+        names = (f"-DFASTFT_NAMESPACE=fastft::cpu::{isa}", f"-DFASTFT_ISA_{isa.upper()}=1", f"-DFASTFT_TEST_SET={isa}")
+        own = (*setup.INCLUDES, *names, *setup.ISA_FLAGS.get(isa, ()), *flags)
         edges.append(setup.Edge("cxx", folder / isa / "functions.o", (HERE / "functions.cpp",), own))
     return edges
 

@@ -1,5 +1,5 @@
-// A kernel as a Python function: its arguments are the fields of its argument struct in their order, NumPy arrays or None for pointers (bf16 as
-// uint16), numbers for the rest.
+// A kernel as a Python function: its arguments are the fields of its argument struct in their order, NumPy arrays or
+// None for pointers (bf16 as uint16), numbers for the rest.
 #pragma once
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -14,9 +14,18 @@ namespace fastft::test {
 
 namespace py = pybind11;
 
-template <class T> py::dtype dtype_of() { return py::dtype::of<T>(); }
-template <> inline py::dtype dtype_of<bf16>() { return py::dtype("uint16"); }
-template <> inline py::dtype dtype_of<f16>() { return py::dtype("float16"); }
+template <class T>
+py::dtype dtype_of() {
+  return py::dtype::of<T>();
+}
+template <>
+inline py::dtype dtype_of<bf16>() {
+  return py::dtype("uint16");
+}
+template <>
+inline py::dtype dtype_of<f16>() {
+  return py::dtype("float16");
+}
 
 // A Python value that becomes whatever field it initialises.
 struct Value {
@@ -28,7 +37,8 @@ struct Value {
     if (object.is_none()) return nullptr;
     if (!py::isinstance<py::array>(object)) fail("is neither an array nor None");
     const auto array = py::reinterpret_borrow<py::array>(object);
-    if (!array.dtype().is(dtype_of<std::remove_const_t<T>>())) fail("is an array of " + std::string(py::str(array.dtype())));
+    if (!array.dtype().is(dtype_of<std::remove_const_t<T>>()))
+      fail("is an array of " + std::string(py::str(array.dtype())));
     if (!(array.flags() & py::array::c_style)) fail("is not contiguous");
     if (!std::is_const_v<T> && !array.writeable()) fail("is not writeable");
     return static_cast<T*>(const_cast<void*>(array.data()));
@@ -69,7 +79,8 @@ void define(py::module_& module, const std::string& name, Run run) {
   module.def(name.c_str(), [name, run](const py::args& values) {
     constexpr size_t count = field_count<Args>();
     if (values.size() != count)
-      throw py::type_error(name + " takes " + std::to_string(count) + " arguments, got " + std::to_string(values.size()));
+      throw py::type_error(name + " takes " + std::to_string(count) + " arguments, got " +
+                           std::to_string(values.size()));
     run(from_python<Args>(values, std::make_index_sequence<count>()));
   });
 }

@@ -10,16 +10,15 @@
 namespace FASTFT_NAMESPACE {
 namespace {
 
-// All numbers in one line, so that a comma in an expression does not end it.
-#define FASTFT_NUMERIC(X)              \
-  X(exp, exp(x))                       \
-  X(expm1, expm1(x))                   \
-  X(log, log(x))                       \
-  X(log1p, log1p(x))                   \
-  X(tanh, tanh(x))                     \
-  X(sigmoid, sigmoid(x))               \
-  X(sigmoid_slope, sigmoid_slope(x))   \
-  X(normal_cdf, normal(x).cdf)         \
+#define FASTFT_NUMERIC(X)            \
+  X(exp, exp(x))                     \
+  X(expm1, expm1(x))                 \
+  X(log, log(x))                     \
+  X(log1p, log1p(x))                 \
+  X(tanh, tanh(x))                   \
+  X(sigmoid, sigmoid(x))             \
+  X(sigmoid_slope, sigmoid_slope(x)) \
+  X(normal_cdf, normal(x).cdf)       \
   X(normal_pdf, normal(x).pdf)
 
 template <class F, class Op>
@@ -31,22 +30,24 @@ void over(F* y, const F* x, int64_t n, Op op) {
 #endif
 }
 
-#define FASTFT_FUNCTION(name, expression)                                                                         \
-  {name, [](float* y, const float* a, int64_t n) { over(y, a, n, [](auto x) { return expression; }); },        \
+#define FASTFT_FUNCTION(name, expression)                                                               \
+  {name, [](float* y, const float* a, int64_t n) { over(y, a, n, [](auto x) { return expression; }); }, \
    [](double* y, const double* a, int64_t n) { over(y, a, n, [](auto x) { return expression; }); }},
 
 const test::Function kFunctions[] = {
 #define FASTFT_X(name, expression) FASTFT_FUNCTION(#name, expression)
     FASTFT_NUMERIC(FASTFT_X)
 #undef FASTFT_X
-#define FASTFT_X(name, f_of_z, df_of_z) FASTFT_FUNCTION(#name, Act<k##name>::f(x)) FASTFT_FUNCTION(#name "'", Act<k##name>::df(x))
-    FASTFT_ACTIVATIONS(FASTFT_X)
+#define FASTFT_X(name, f_of_z, df_of_z) \
+  FASTFT_FUNCTION(#name, Act<k##name>::f(x)) FASTFT_FUNCTION(#name "'", Act<k##name>::df(x))
+        FASTFT_ACTIVATIONS(FASTFT_X)
 #undef FASTFT_X
 };
 
 }  // namespace
 
 extern const test::Functions functions;
-const test::Functions functions = {FASTFT_TEXT(FASTFT_TEST_SET), kFunctions, kFunctions + sizeof kFunctions / sizeof *kFunctions};
+const test::Functions functions = {FASTFT_TEXT(FASTFT_TEST_SET), kFunctions,
+                                   kFunctions + sizeof kFunctions / sizeof *kFunctions};
 
 }  // namespace FASTFT_NAMESPACE

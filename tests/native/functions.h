@@ -1,4 +1,5 @@
-// The functions of numeric.h and activation.h over arrays, in each instruction set, and over scalars as CUDA's threads compute them.
+// The functions of numeric.h and activation.h over arrays: in each instruction set, and over scalars as CUDA's threads
+// compute them.
 #pragma once
 #include <cstdint>
 
@@ -21,8 +22,8 @@ struct Functions {
 
 }  // namespace fastft::test
 
-#define FASTFT_X(isa)                                                            \
-  namespace fastft::cpu::isa {                                                   \
+#define FASTFT_X(isa)                                                                         \
+  namespace fastft::cpu::isa {                                                                \
   extern const fastft::test::Functions functions __attribute__((weak, visibility("hidden"))); \
   }
 FASTFT_TEST_SETS(FASTFT_X)

@@ -1,5 +1,5 @@
-// The CPU kernels of kernels.h as a Python module: a function <kernel>_<dtypes> for each, see arguments.h; set_isa(name) and set_threads(n) choose how
-// they run. And elementwise(name, isa, y, x), functions.h's. A new kernel needs no line here.
+// The CPU kernels of kernels.h as a Python module: a function <kernel>_<dtypes> for each, see arguments.h;
+// set_isa(name) and set_threads(n) choose how they run. And functions.h: elementwise(name, isa, y, x).
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -41,9 +41,10 @@ struct Serve {
 };
 
 template <template <class, class> class Args>
-void define_dtypes(py::module_& module, const std::string& name, cpu::ByDtype<Args> cpu::Kernels::*kernel) {
-#define FASTFT_X(suffix, T, W) \
-  define<Args<T, W>>(module, name + "_" #suffix, [kernel](const Args<T, W>& args) { (cpu::kernels().*kernel)(args, Serve().host); });
+void define_dtypes(py::module_& module, const std::string& name, cpu::ByDtype<Args> cpu::Kernels::* kernel) {
+#define FASTFT_X(suffix, T, W)                   \
+  define<Args<T, W>>(module, name + "_" #suffix, \
+                     [kernel](const Args<T, W>& args) { (cpu::kernels().*kernel)(args, Serve().host); });
   FASTFT_CPU_DTYPES(FASTFT_X)
 #undef FASTFT_X
 }
@@ -55,13 +56,15 @@ const Functions* const kSets[] = {
 };
 
 void elementwise(const std::string& name, const std::string& isa, py::array y, py::array x) {
-  if (y.ndim() != 1 || x.ndim() != 1 || y.size() != x.size()) throw py::type_error("elementwise takes two rows of one length");
+  if (y.ndim() != 1 || x.ndim() != 1 || y.size() != x.size())
+    throw py::type_error("elementwise takes two rows of one length");
   for (const Functions* set : kSets)
     if (set && set->isa == isa)
       for (const Function* function = set->begin; function != set->end; ++function)
         if (function->name == name) {
           const Value to{y, 2}, from{x, 3};
-          return py::isinstance<py::array_t<double>>(x) ? function->f64(to, from, x.size()) : function->f32(to, from, x.size());
+          return py::isinstance<py::array_t<double>>(x) ? function->f64(to, from, x.size())
+                                                        : function->f32(to, from, x.size());
         }
   throw py::key_error(name + ", " + isa);
 }

@@ -8,19 +8,20 @@ A new op takes one function for each direction in ``FIELDS``.
 
 import contextlib
 import functools
-import importlib.util
 import math
 import sysconfig
 from pathlib import Path
 
+import native
+import pybind11
 import pytest
 import torch
 
+import setup
 from fastft import _library
 from fastft.functional import _choice
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
 
 SUFFIXES = {  # of a kernel's name, by the dtypes of activations and parameters: FASTFT_CUDA_DTYPES in csrc/kernels.h
     (torch.float32, torch.float32): "f32",
@@ -31,7 +32,8 @@ SUFFIXES = {  # of a kernel's name, by the dtypes of activations and parameters:
     (torch.float16, torch.float32): "f16_f32",
 }
 
-# -O1 takes half the time of -O3, running included. Fortified, longjmp to another stack would be taken for an attack.
+# -O1 compiles in half the time of -O3, which saves more than it costs in running.
+# Fortified, longjmp to another stack would be taken for an attack.
 OPTIONS = ("-O1", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas", "-x", "c++")
 
 
@@ -102,25 +104,14 @@ def to_numpy(tensor: torch.Tensor):
 @functools.cache
 def kernels():
     """The module, built incrementally. Raises: BuildError of setup.py: the compiler's messages are above it."""
-    import pybind11
-
-    build = imported("fastft_setup", ROOT / "setup.py")
-    folder = ROOT / "build" / "simt"
+    folder = setup.ROOT / "build" / "simt"
     # HERE comes first: its cuda_runtime.h stands in for CUDA's.
-    includes = [f"-I{path}" for path in (HERE, pybind11.get_include(), sysconfig.get_paths()["include"])]
-    flags = (*includes, *build.INCLUDES, "-DFASTFT_NAMESPACE=fastft::cuda", *OPTIONS)
-    sources = [path for path in (*build.CSRC.glob("cuda/*"), *HERE.iterdir()) if path.suffix in (".cpp", ".cu")]
-    objects = [build.Edge("cxx", folder / f"{path.stem}.o", (path,), flags) for path in build.largest_first(sources)]
+    includes = [f"-I{path}" for path in (HERE, HERE.parent, pybind11.get_include(), sysconfig.get_paths()["include"])]
+    flags = (*includes, *setup.INCLUDES, "-DFASTFT_NAMESPACE=fastft::cuda", *OPTIONS)
+    sources = [path for path in (*setup.CSRC.glob("cuda/*"), *HERE.iterdir()) if path.suffix in (".cpp", ".cu")]
+    objects = [setup.Edge("cxx", folder / f"{path.stem}.o", (path,), flags) for path in setup.largest_first(sources)]
     # Python's symbols are left to the process that loads it.
-    library = build.link(folder / "fastft_simt.so", objects, ("-Wl,-z,undefs", "-pthread"))
-    build.write_ninja(folder / "build.ninja", [*objects, library], build.Config(build.find_compiler(), isas=()))
-    build.run_ninja(folder / "build.ninja")
-    return imported("fastft_simt", library.output)
-
-
-def imported(name: str, path: Path):
-    """The module in this file."""
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    library = setup.link(folder / "fastft_simt.so", objects, ("-Wl,-z,undefs", "-pthread"))
+    setup.write_ninja(folder / "build.ninja", [*objects, library], setup.Config(setup.find_compiler(), isas=()))
+    setup.run_ninja(folder / "build.ninja")
+    return native.imported(library.output)
