@@ -1,4 +1,4 @@
-// HostLease and the CUDA stream (torch.h); ops that ask and switch the instruction set.
+// HostLease and StreamLease (torch.h); ops that ask and switch the instruction set.
 #include <sys/mman.h>
 
 #include <mutex>
@@ -96,12 +96,10 @@ void* HostLease::acquire(void* owner, size_t bytes) {
   return found.data;
 }
 
-Stream current_stream(const Tensor& on) {
+StreamLease::StreamLease(const Tensor& on) : guard_(on.get_device_index()) {
   if (&aoti_torch_get_current_cuda_stream == nullptr) throw std::runtime_error("fastft: this torch has no CUDA");
-  void* stream = nullptr;
-  if (aoti_torch_get_current_cuda_stream(on.get_device_index(), &stream) != 0)
+  if (aoti_torch_get_current_cuda_stream(on.get_device_index(), &stream_) != 0)
     throw std::runtime_error("fastft: cannot get the current CUDA stream");
-  return stream;
 }
 
 namespace {

@@ -68,7 +68,7 @@ void forward_cuda(Tensor output, std::optional<Tensor> preact, Tensor input, Ten
     using Y = decltype(types);
     cuda::linear_act_forward(
         forward_args<typename Y::T, typename Y::W>(output, preact, input, weight, bias, activation),
-        current_stream(input));
+        StreamLease(input));
   });
 }
 
@@ -78,7 +78,7 @@ void backward_cuda(std::optional<Tensor> grad_input, std::optional<Tensor> grad_
     using Y = decltype(types);
     cuda::linear_act_backward(backward_args<typename Y::T, typename Y::W>(
                                   grad_input, grad_weight, grad_bias, grad_output, preact, input, weight, activation),
-                              current_stream(input));
+                              StreamLease(input));
   });
 }
 #endif

@@ -2,6 +2,7 @@
 // and values, before an op is called. Every op writes into tensors that Python allocated, so that a failed allocation is PyTorch's own error.
 #pragma once
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -114,6 +115,15 @@ class HostLease {
   int count_ = 0;
 };
 
-Stream current_stream(const Tensor& on);  // of CUDA
+// What a CUDA kernel runs on: the current stream of the tensor's device, which is the current device meanwhile.
+class StreamLease {
+ public:
+  explicit StreamLease(const Tensor& on);
+  operator Stream() const { return stream_; }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  Stream stream_ = nullptr;
+};
 
 }  // namespace fastft::binding

@@ -10,7 +10,7 @@ namespace fastft::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kBlock = 16;  // values of a thread that share one look at the maximum
+constexpr int kBlock = 16;                           // values of a thread that share one look at the maximum
 constexpr int64_t kOneThread = 16, kOneWarp = 1024;  // classes up to which a row is not worth a warp, a block
 
 template <int kTeam, class F, class Op>
@@ -30,7 +30,9 @@ struct Place {
   int lane;
 
   __device__ explicit Place(const Args& p)
-      : row(int64_t(blockIdx.x) * (kThreads / kTeam) + threadIdx.x / kTeam), at(row / p.S * p.C * p.S + row % p.S), lane(threadIdx.x % kTeam) {}
+      : row(int64_t(blockIdx.x) * (kThreads / kTeam) + threadIdx.x / kTeam),
+        at(row / p.S * p.C * p.S + row % p.S),
+        lane(threadIdx.x % kTeam) {}
 };
 
 template <class F>
@@ -183,16 +185,20 @@ void with_team(const Args& p, const Body& body) {
 
 template <class T, class W>
 void cross_entropy_forward(const CrossEntropyForward<T, W>& p, Stream stream) {
-  with_team(p, [&](auto team, auto soft, dim3 grid) { launch(forward_kernel<team.value, soft.value, T, W>, grid, kThreads, 0, stream, p); });
+  with_team(p, [&](auto team, auto soft, dim3 grid) {
+    launch(forward_kernel<team.value, soft.value, T, W>, grid, kThreads, 0, stream, p);
+  });
   if (p.reduction != kNone) launch(reduce_kernel<T, W>, dim3(1), kThreads, 0, stream, p);
 }
 
 template <class T, class W>
 void cross_entropy_backward(const CrossEntropyBackward<T, W>& p, Stream stream) {
-  with_team(p, [&](auto team, auto soft, dim3 grid) { launch(backward_kernel<team.value, soft.value, T, W>, grid, kThreads, 0, stream, p); });
+  with_team(p, [&](auto team, auto soft, dim3 grid) {
+    launch(backward_kernel<team.value, soft.value, T, W>, grid, kThreads, 0, stream, p);
+  });
 }
 
-#define FASTFT_X(suffix, T, W)                                                          \
+#define FASTFT_X(suffix, T, W)                                                         \
   template void cross_entropy_forward<T, W>(const CrossEntropyForward<T, W>&, Stream); \
   template void cross_entropy_backward<T, W>(const CrossEntropyBackward<T, W>&, Stream);
 FASTFT_CUDA_DTYPES(FASTFT_X)
