@@ -144,6 +144,11 @@ class KernelCalls(TorchDispatchMode):
         self.calls: list[tuple[Any, tuple, dict]] = []
         self._keep = keep_arguments
 
+    @property
+    def names(self) -> list[str]:
+        """Of the ops, in the order of their calls."""
+        return [op.__name__.removesuffix(".default") for op, _, _ in self.calls]
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func.namespace == "fastft":
