@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import re
 from pathlib import Path
 
 import fastft
@@ -39,7 +40,14 @@ def describe():
         "backend": os.environ.get("FASTFT_BACKEND", "auto"),
         "compiler": build.get("compiler"),
         "nvcc": build.get("nvcc"),
+        "oldest_gpu_driver": oldest_driver(build.get("nvcc")),
     }
+
+
+def oldest_driver(nvcc):
+    """The oldest NVIDIA driver that runs what this nvcc built (``"release 13.0, V13.0.88"``), as far as it is known."""
+    release = re.search(r"release (\d+)", nvcc or "")
+    return {"12": "525", "13": "580"}.get(release[1]) if release else None
 
 
 def cpu_model():

@@ -16,27 +16,29 @@ namespace {
 constexpr int kBlock = 16;                // values of a lane that share one look at the maximum
 constexpr int64_t kTaskLogits = 1 << 15;  // of a task: about 10 us, ten times what handing it out costs
 
-constexpr auto load_whole = [](const auto* p) { return load(p); };
-
 // What a lane knows of the values it has seen: the maximum, the sum of exp(x - max), the sums of k (x - max) and of k.
 template <bool kSoft, class F>
 struct Online {
   using V = Vec<F>;
   static constexpr F kLargest = sizeof(F) == 8 ? F(1.7976931348623157e308) : F(3.4028234e38f);
   V max = broadcast(-kLargest), sum = {}, dot = {}, mass = {};  // not -infinity, which minus itself is NaN
+  bool empty = true;
 
   // x(i) and k(i), i < n: the next n values of each lane.
   template <class X, class K>
   inline __attribute__((always_inline)) void add(int n, const X& x, const K& k) {
-    V top = max;
-    for (int i = 0; i < n; ++i) {
-      const V v = x(i);
-      top = v > top ? v : top;
+    V top = max, other = max;  // two, as each waits for the one before
+    for (int i = 0; i + 1 < n; i += 2) {
+      const V a = x(i), b = x(i + 1);
+      top = a > top ? a : top;
+      other = b > other ? b : other;
     }
-    raise(top);
+    const V last = x(n - 1);
+    top = other > top ? other : top;
+    raise(last > top ? last : top);
     V s = {}, d = {}, m = {};
     for (int i = 0; i < n; ++i) {
-      const V v = x(i) - top;
+      const V v = x(i) - max;
       s += exp(v);
       if constexpr (kSoft) {
         const V soft = k(i);
@@ -46,20 +48,23 @@ struct Online {
     sum += s, dot += d, mass += m;
   }
 
-  // One more value, in those lanes where `fresh` is true.
+  // One more value, in those lanes where `fresh` is true. Others take part with a harmless one: underflow is slow.
   template <class Mask>
   void add_some(Mask fresh, V x, V k) {
-    x = fresh ? x : broadcast(-F(HUGE_VAL));
+    x = fresh ? x : max;
     raise(x > max ? x : max);
-    sum += exp(x - max);
+    sum += fresh ? exp(x - max) : V{};
     if constexpr (kSoft) dot += fresh ? k * (x - max) : V{}, mass += fresh ? k : V{};
   }
 
   void raise(V top) {
-    sum *= exp(max - top);
-    if constexpr (kSoft)
-      dot += mass != 0 ? mass * (max - top) : V{};  // 0 times the infinite difference of two extreme maxima is NaN
+    if (!empty) {
+      sum *= exp(max - top);
+      // 0 times the infinite difference of two extreme maxima is NaN.
+      if constexpr (kSoft) dot += mass != 0 ? mass * (max - top) : V{};
+    }
     max = top;
+    empty = false;
   }
 };
 
@@ -80,7 +85,7 @@ struct Targets {
 };
 
 // What forward and backward share: how rows are grouped into tasks, and where things lie.
-template <class T, class W, class Args>
+template <class T, class W, class Args, int kAcross>
 struct Rows {
   using Logit = T;
   using F = Compute<T>;
@@ -90,7 +95,7 @@ struct Rows {
   const Args& p;
   const int64_t C = p.C, S = p.S, count = p.N * S,
                 stride = S > 1 ? 1 : C;  // stride: from one row of a group to the next
-  const bool across = S > 1 || C < 8 * L;
+  const bool across = S > 1 || C < kAcross * L;
   const int64_t size = across || kTaskLogits / C > L ? L
                        : kTaskLogits / C > 0         ? kTaskLogits / C
                                                      : 1;  // rows of a group
@@ -132,34 +137,35 @@ struct Rows {
 
   V soft(V q, V w) const { return (share + rest * q) * w; }
 
-  // ---- along: from class c of the row at `at`; load reads a whole or a partial register
-  template <class Load>
-  V q_along(int64_t at, int64_t c, const Load& load) const {
-    return p.q ? load(p.q + at + c) : V{};
-  }
-  template <class Load>
-  V w_along(int64_t c, const Load& load) const {
-    return p.w ? load(p.w + c) : broadcast(F(1));
-  }
+  // ---- along: a register of classes from c on
+  V q_along(int64_t at, int64_t c) const { return p.q ? load(p.q + at + c) : V{}; }
+  V w_along(int64_t c) const { return p.w ? load(p.w + c) : broadcast(F(1)); }
 
-  // ---- across: from a block of classes that was gathered, out[c][r] = in[r][c]; missing rows are zero
+  // ---- across: a block of classes is gathered, out[c][r] = in[r][c], and scattered; missing rows are zero
   template <class In>
   void gather(F* out, const In* in, int rows, int classes) const {
+    if (rows < L) std::memset(out, 0, size_t(classes) * L * sizeof(F));
     for (int c = 0; c < classes; ++c)
-      if (S > 1)
-        store(out + c * L, rows == L ? load(in + c * S) : load(in + c * S, rows));
+      if (S == 1)
+        for (int r = 0; r < rows; ++r) out[c * L + r] = to_float(in[r * C + c]);
+      else if (rows == L)
+        store(out + c * L, load(in + c * S));
       else
-        for (int r = 0; r < L; ++r) out[c * L + r] = r < rows ? F(to_float(in[r * C + c])) : F(0);
+        store(out + c * L, load(in + c * S, rows));
   }
   template <class Out>
   void scatter(Out* out, const F* in, int rows, int classes) const {
-    for (int c = 0; c < classes; ++c)
-      if (S == 1)
-        for (int r = 0; r < rows; ++r) out[r * C + c] = from_float<Out>(in[c * L + r]);
-      else if (rows == L)
-        store(out + c * S, load(in + c * L));
-      else
-        store(out + c * S, load(in + c * L), rows);
+    for (int c = 0; c < classes; ++c, in += L) {
+      if (S > 1) {
+        rows == L ? store(out + c * S, load(in)) : store(out + c * S, load(in), rows);
+      } else if constexpr (sizeof(Out) == sizeof(F)) {
+        for (int r = 0; r < rows; ++r) out[r * C + c] = in[r];
+      } else {
+        Out rounded[L];
+        store(rounded, load(in));
+        for (int r = 0; r < rows; ++r) out[r * C + c] = rounded[r];
+      }
+    }
   }
   V w_across(int64_t c) const { return broadcast(p.w ? F(to_float(p.w[c])) : F(1)); }
 };
@@ -172,7 +178,7 @@ Online<kSoft, typename R::F> along(const R& rows, int64_t at) {
   constexpr int L = R::L;
   const auto* const x = rows.p.x + at;
   const auto soft_at = [&](int64_t c) {
-    return rows.soft(rows.q_along(at, c, load_whole), rows.w_along(c, load_whole));
+    return rows.soft(rows.q_along(at, c), rows.w_along(c));
   };
   Online<kSoft, F> online;
   int64_t c = 0;
@@ -185,7 +191,7 @@ Online<kSoft, typename R::F> along(const R& rows, int64_t at) {
     for (int i = 0; i < L; ++i) lane[i] = i;
     online.add_some(lane + rest >= L, load(x + rows.C - L), soft_at(rows.C - L));
   }
-  online.raise(broadcast(max_lanes<F>(online.max)));
+  online.raise(max_lanes<F>(online.max));
   return online;
 }
 
@@ -224,9 +230,9 @@ void forward_group(const R& rows, const Group& g, Sums& sums) {
       if (t.live[r] == 0) continue;
       const Online<kSoft, F> row = along<kSoft>(rows, g.at + r * rows.stride);
       online.max[r] = row.max[0];
-      online.sum[r] = sum_lanes<F>(row.sum);
-      online.dot[r] = sum_lanes<F>(row.dot);
-      online.mass[r] = sum_lanes<F>(row.mass);
+      online.sum[r] = sum_lanes<F>(row.sum)[0];
+      online.dot[r] = sum_lanes<F>(row.dot)[0];
+      online.mass[r] = sum_lanes<F>(row.mass)[0];
     }
   }
   F picked[R::L] = {};
@@ -251,7 +257,7 @@ void forward_group(const R& rows, const Group& g, Sums& sums) {
 template <bool kSoft, class T, class W>
 void forward(const CrossEntropyForward<T, W>& p, const Host& host) {
   using F = Compute<T>;
-  const Rows<T, W, CrossEntropyForward<T, W>> rows{p};
+  const Rows<T, W, CrossEntropyForward<T, W>, 4> rows{p};
   Sums* const sums = scratch<Sums>(host, rows.tasks);
   for (int64_t task = 0; task < rows.tasks; ++task) sums[task] = {0, 0, -1};
   rows.for_groups(host, [&](const Group& g, int64_t task) { forward_group<kSoft>(rows, g, sums[task]); });
@@ -289,11 +295,13 @@ template <bool kSoft, class R, class F>
 void backward_along(const R& rows, int64_t at, int64_t index, const Scales<F>& by) {
   using V = Vec<F>;
   const auto& p = rows.p;
-  for_lanes<F>(rows.C, [&](int64_t c, auto load, auto store) {
-    const V x = load(p.x + at + c) - by.max, w = kSoft ? rows.w_along(c, load) : V{};
-    if (p.dx) store(p.dx + at + c, grad_logits<kSoft>(x, kSoft ? rows.soft(rows.q_along(at, c, load), w) : V{}, by));
+  const auto step = [&](int64_t c) {
+    const V x = load(p.x + at + c) - by.max, w = kSoft ? rows.w_along(c) : V{};
+    if (p.dx) store(p.dx + at + c, grad_logits<kSoft>(x, kSoft ? rows.soft(rows.q_along(at, c), w) : V{}, by));
     if (kSoft && p.dq) store(p.dq + at + c, by.grad * rows.rest * w * (by.log_sum - x));
-  });
+  };
+  for (int64_t c = 0; c + R::L <= rows.C; c += R::L) step(c);
+  if (rows.C % R::L) step(rows.C - R::L);  // again some that have been written
   if (p.dx && index >= 0) {
     const V x = broadcast(F(to_float(p.x[at + index])) - by.max);
     p.dx[at + index] =
@@ -355,7 +363,7 @@ void cross_entropy_forward(const CrossEntropyForward<T, W>& p, const Host& host)
 
 template <class T, class W>
 void cross_entropy_backward(const CrossEntropyBackward<T, W>& p, const Host& host) {
-  const Rows<T, W, CrossEntropyBackward<T, W>> rows{p};
+  const Rows<T, W, CrossEntropyBackward<T, W>, 1> rows{p};
   rows.for_groups(host, [&](const Group& g, int64_t) {
     p.q || p.smoothing > 0 ? backward_group<true>(rows, g) : backward_group<false>(rows, g);
   });

@@ -143,17 +143,23 @@ inline __attribute__((always_inline)) void for_lanes(int64_t n, const Body& body
     body(j, [rest](const auto* p) { return load(p, rest); }, [rest](auto* p, Vec<F> v) { store(p, v, rest); });
 }
 
-template <class F>
-inline F sum_lanes(const typename VecOf<F>::type& v) {
-  F s = v[0];
-  for (int i = 1; i < kLanes<F>; ++i) s += v[i];
-  return s;
+// op over all lanes, given in every lane: halves are folded, then quarters, so the order is the same for everybody.
+template <class F, class Op>
+inline Vec<F> fold_lanes(typename VecOf<F>::type v, const Op& op) {
+  Bits<Vec<F>> lane;
+  for (int i = 0; i < kLanes<F>; ++i) lane[i] = i;
+#pragma GCC unroll 4
+  for (int distance = kLanes<F> / 2; distance; distance /= 2)
+    v = op(v, __builtin_shuffle(v, lane ^ unsigned(distance)));
+  return v;
 }
 template <class F>
-inline F max_lanes(const typename VecOf<F>::type& v) {
-  F m = v[0];
-  for (int i = 1; i < kLanes<F>; ++i) m = v[i] > m ? v[i] : m;
-  return m;
+inline Vec<F> sum_lanes(typename VecOf<F>::type v) {
+  return fold_lanes<F>(v, [](Vec<F> a, Vec<F> b) { return a + b; });
+}
+template <class F>
+inline Vec<F> max_lanes(typename VecOf<F>::type v) {
+  return fold_lanes<F>(v, [](Vec<F> a, Vec<F> b) { return a > b ? a : b; });
 }
 
 // ---- threads. Tasks are handed out one by one, since cores differ in speed; results may depend on the task, never on the worker.

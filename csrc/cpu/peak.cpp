@@ -33,7 +33,7 @@ double rate(double seconds, double flops, const Host& host, const Step& step) {
       steps += kSteps;
     } while (now() < start + seconds);
     float total = 0;
-    for (int i = 0; i < kSums; ++i) total += sum_lanes<float>(sums[i]);
+    for (int i = 0; i < kSums; ++i) total += sum_lanes<float>(sums[i])[0];
     done[2 * task] = double(steps) * kSums * flops;
     done[2 * task + 1] = total;  // the sums are used
   });

@@ -41,7 +41,8 @@ def rows(facts):
     else:
         yield "native kernels", f"none, PyTorch's run instead: {facts['native_why_not']}"
     if facts["cuda"]:
-        yield "CUDA kernels", f"{', '.join(facts['cuda_archs'])}, built by {facts['nvcc']}"
+        driver = f", need driver {facts['oldest_gpu_driver']} or later" if facts["oldest_gpu_driver"] else ""
+        yield "CUDA kernels", f"{', '.join(facts['cuda_archs'])}, built by {facts['nvcc']}{driver}"
     elif facts["native"]:
         yield "CUDA kernels", f"none: {facts['cuda_why_not']}"
     else:

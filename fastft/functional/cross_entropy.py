@@ -35,15 +35,15 @@ def cross_entropy(input, target, weight=None, ignore_index=-100, reduction="mean
         >>> cross_entropy(torch.zeros(2, 4), torch.tensor([0, 3]))
         tensor(1.3863)
     """
-    dtype = _check(input, target, weight, ignore_index, reduction, label_smoothing)
-    why_not = _why_not(input, target, weight)
-    ours = _choice.runs("cross_entropy", why_not, why_not is None and _slower(input))
+    classes, dtype = _check(input, target, weight, ignore_index, reduction, label_smoothing)
+    why_not = _why_not(input, target, weight, classes)
+    ours = _choice.runs("cross_entropy", why_not, why_not is None and _slower(input, target, classes))
     try:
         if ours:
             return _run(input, target, weight, dtype, ignore_index, reduction, label_smoothing)
         return reference(input, target, weight, ignore_index, reduction, label_smoothing)
     except (IndexError, RuntimeError):
-        _raise_if_out_of_range(input, target, ignore_index)
+        _raise_if_out_of_range(input, target, ignore_index, classes)
         raise
 
 
@@ -55,7 +55,7 @@ def reference(input, target, weight=None, ignore_index=-100, reduction="mean", l
 
 
 def _check(input, target, weight, ignore_index, reduction, label_smoothing):
-    """Raises, by PyTorch's types, for what a user can get wrong; returns the dtype of the result."""
+    """Raises, by PyTorch's types, for what a user can get wrong; returns the number of classes and the loss's dtype."""
     for name, tensor in (("input", input), ("target", target), ("weight", weight)):
         if not isinstance(tensor, torch.Tensor) and not (tensor is None and name == "weight"):
             raise TypeError(f"cross_entropy: {name} must be a tensor, got {type(tensor).__name__}")
@@ -67,35 +67,43 @@ def _check(input, target, weight, ignore_index, reduction, label_smoothing):
         raise RuntimeError(f"cross_entropy: label_smoothing is {label_smoothing}, must be in [0, 1]")
     if not input.is_floating_point():
         raise NotImplementedError(f"cross_entropy: input is {input.dtype}, must be a floating-point tensor")
-    if not input.dim():
+    shape, dtype = input.shape, _computed_in(input)
+    if not shape:
         raise RuntimeError("cross_entropy: input is (), needs (C,), (N, C) or (N, C, d1, …)")
-    classes, dtype = input.shape[min(1, input.dim() - 1)], _computed_in(input)
+    classes = shape[1 if len(shape) > 1 else 0]
     if weight is not None and weight.shape != (classes,):
+        raise RuntimeError(f"cross_entropy: weight is {tuple(weight.shape)}, input {tuple(shape)} needs ({classes},)")
+    if target.shape == shape:
+        return classes, _check_probabilities(input, target, weight, ignore_index)
+    _check_indices(input, target)
+    if weight is not None and _computed_in(weight) != dtype:
+        raise RuntimeError(f"cross_entropy: weight is {weight.dtype}, input {input.dtype}")
+    return classes, dtype
+
+
+def _check_probabilities(input, target, weight, ignore_index):
+    if not target.is_floating_point():
         raise RuntimeError(
-            f"cross_entropy: weight is {tuple(weight.shape)}, input {tuple(input.shape)} needs ({classes},)"
+            f"cross_entropy: target is {target.dtype}, must be floating-point where it has input's shape "
+            f"{tuple(input.shape)}: probabilities"
         )
-    if target.shape == input.shape:
-        if not target.is_floating_point():
-            raise RuntimeError(
-                f"cross_entropy: target is {target.dtype}, must be floating-point where it has input's shape "
-                f"{tuple(input.shape)}: probabilities"
-            )
-        if ignore_index >= 0:
-            raise RuntimeError(f"cross_entropy: ignore_index is {ignore_index}, probabilities have no class to ignore")
-        dtype = torch.promote_types(dtype, _computed_in(target))
-        return dtype if weight is None else torch.promote_types(dtype, _computed_in(weight))
-    expected = input.shape[:1] + input.shape[2:] if input.dim() > 1 else ()
-    if target.shape != expected and not (input.dim() == 1 and target.shape == (1,)):
-        batch = target.shape[:1] != expected[:1] or (input.dim() == 1 and target.dim() == 1)
+    if ignore_index >= 0:
+        raise RuntimeError(f"cross_entropy: ignore_index is {ignore_index}, probabilities have no class to ignore")
+    dtype = torch.promote_types(_computed_in(input), _computed_in(target))
+    return dtype if weight is None else torch.promote_types(dtype, _computed_in(weight))
+
+
+def _check_indices(input, target):
+    shape, found, single = input.shape, target.shape, input.dim() == 1
+    expected = () if single else shape[:1] + shape[2:]
+    if found != expected and not (single and found == (1,)):
+        batch = found[:1] != expected[:1] or (single and len(found) == 1)  # where PyTorch's is a ValueError
         raise (ValueError if batch else RuntimeError)(
-            f"cross_entropy: target is {tuple(target.shape)}, input {tuple(input.shape)} needs {tuple(expected)} or, "
-            f"for probabilities, {tuple(input.shape)}"
+            f"cross_entropy: target is {tuple(found)}, input {tuple(shape)} needs {tuple(expected)} or, for "
+            f"probabilities, {tuple(shape)}"
         )
     if target.dtype not in (torch.int64, torch.uint8):
         raise RuntimeError(f"cross_entropy: target is {target.dtype}, class indices must be torch.int64 or torch.uint8")
-    if weight is not None and _computed_in(weight) != dtype:
-        raise RuntimeError(f"cross_entropy: weight is {weight.dtype}, input {input.dtype}")
-    return dtype
 
 
 def _computed_in(tensor):
@@ -103,25 +111,23 @@ def _computed_in(tensor):
     return tensor.dtype if _autograd.autocast_dtype(tensor) is None else torch.float32
 
 
-def _why_not(input, target, weight):
-    probabilities = target if target.shape == input.shape else None
-    if (why_not := _choice.unsupported(input, probabilities, weight)) is not None:
+def _why_not(input, target, weight, classes):
+    if (why_not := _choice.unsupported(input, target if target.is_floating_point() else None, weight)) is not None:
         return why_not
-    if _autograd.needs_grad(weight):
+    if weight is not None and _autograd.needs_grad(weight):
         return "the gradient of weight is PyTorch's"
-    return None if input.shape[min(1, input.dim() - 1)] else "there are no classes"
+    return None if classes else "there are no classes"
 
 
-def _slower(input):
-    """The shipped rule: below, autograd.Function's 30 us are more than the kernel gains."""
+def _slower(input, target, classes):
+    """The shipped rule: PyTorch's functions are short of autograd.Function's 30 us, and of as many in Python's checks."""
     return input.device.type == "cpu" and input.numel() < 4096
 
 
-def _raise_if_out_of_range(input, target, ignore_index):
+def _raise_if_out_of_range(input, target, ignore_index, classes):
     """Says which target it was that a kernel on the CPU refused."""
-    if target.shape == input.shape or target.device.type != "cpu" or torch._C._are_functorch_transforms_active():
+    if target.is_floating_point() or target.device.type != "cpu" or torch._C._are_functorch_transforms_active():
         return
-    classes = input.shape[min(1, input.dim() - 1)]
     wrong = (((target < 0) | (target >= classes)) & (target != ignore_index)).nonzero()
     if len(wrong):
         index = tuple(wrong[0].tolist())
@@ -134,8 +140,9 @@ def _raise_if_out_of_range(input, target, ignore_index):
 def _run(input, target, weight, dtype, ignore_index, reduction, label_smoothing):
     if dtype != input.dtype and not (dtype == torch.float32 and input.dtype in (torch.bfloat16, torch.float16)):
         input = input.to(dtype)
-    target = target.to(dtype if target.shape == input.shape else torch.int64)
-    if weight is not None:
+    if (stored := dtype if target.is_floating_point() else torch.int64) != target.dtype:
+        target = target.to(stored)
+    if weight is not None and weight.dtype != dtype:
         weight = weight.to(dtype)
     options = (ignore_index, float(label_smoothing), _REDUCTIONS[reduction])
     if _autograd.needs_grad(input, target):
@@ -165,7 +172,7 @@ def _like(dense, tensor, classes_last):
 def _forward(input, target, weight, dtype, options, keep):
     """The loss, and what the backward needs of the rows: ``stats``, and the divisor of a mean."""
     _, label_smoothing, reduction = options
-    probabilities, last = target.shape == input.shape, _classes_last(input)
+    probabilities, last = target.is_floating_point(), _classes_last(input)
     logits = _dense(input, last)
     rows = logits.numel() // logits.shape[1]
     shape = input.shape[:1] + input.shape[2:] if input.dim() > 1 else ()
@@ -182,7 +189,7 @@ def _forward(input, target, weight, dtype, options, keep):
 
 def _backward(options, stats, divisor, wanted, grad_output, input, target, weight):
     """Gradients of input, target (where it holds probabilities) and weight (None), None where not wanted."""
-    probabilities, last = target.shape == input.shape, _classes_last(input)
+    probabilities, last = target.is_floating_point(), _classes_last(input)
     logits, targets = _dense(input, last), _dense(target, last) if probabilities else target.contiguous()
     grad_input = torch.empty_like(logits) if wanted[0] else None
     grad_target = torch.empty_like(targets) if wanted[1] else None

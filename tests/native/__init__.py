@@ -1,9 +1,10 @@
 """The CPU kernels as a NumPy module, in two builds: as they are shipped, and under AddressSanitizer and UBSan.
 
-``kernels()`` is the module (module.cpp). The first build takes the objects of the shipped library. The second has its own,
-in build/sanitized; a process that imports it must have ``sanitizer_environment()``.
+``kernels()`` is the module (module.cpp), built incrementally. The first build takes the objects of the shipped library.
+The second, in build/sanitized, can be imported only by a process whose environment is ``sanitized_environment()``.
 """
 
+import dataclasses
 import functools
 import importlib.util
 import os
@@ -17,35 +18,53 @@ import pybind11
 import setup
 
 HERE = Path(__file__).resolve().parent
-SANITIZED = "FASTFT_TEST_SANITIZED"  # set in the environment of a process that has the sanitizer's library preloaded
-SANITIZER = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1", "-O1")
+SANITIZED = "FASTFT_TEST_SANITIZED"  # names the sanitized module, for the process that is to take it
+# ASan sees what null and object-size would, and they double the compiler's time.
+SANITIZER = (
+    "-O0",
+    "-g1",
+    "-fsanitize=address,undefined",
+    "-fno-sanitize=null,object-size",
+    "-fno-sanitize-recover=all",
+)
 
 
 @functools.cache
 def kernels():
-    """The module of this process, built incrementally. Raises: setup.BuildError: see above it."""
-    return imported(build(sanitized=bool(os.environ.get(SANITIZED))))
+    """The module of this process. Raises: setup.BuildError: see what the compiler printed."""
+    path = os.environ.get(SANITIZED) or build("fastft_native", setup.BUILD, setup.Config.discover().isas)
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def build(sanitized: bool) -> Path:
-    """Compiles what is out of date and returns the module's file."""
-    config = setup.Config.discover()
-    folder = setup.ROOT / "build" / "sanitized" if sanitized else setup.BUILD
-    flags = SANITIZER if sanitized else ()
-    module = "fastft_sanitized" if sanitized else "fastft_native"
-    # One ninja file's log is another's in the same folder: objects of the shipped library are not compiled again.
-    objects = [*setup.compile_cpu(config, folder, flags), *compile_module(config, folder / "numpy", module, flags)]
-    library = folder / f"{module}.so"
-    # Python's and the sanitizer's symbols are those of the process.
-    edges = [*objects, setup.link(library, objects, ("-Wl,-z,undefs", "-pthread", *flags))]
-    setup.write_ninja(folder / f"{module}.ninja", edges, config)
-    setup.run_ninja(folder / f"{module}.ninja")
-    return library
+def sanitized_environment() -> dict[str, str]:
+    """Builds the sanitized module, with the lowest and the highest instruction set of this machine."""
+    usable = kernels().isas().split(",")
+    folder = setup.ROOT / "build" / "sanitized"
+    module = build("fastft_sanitized", folder, tuple(dict.fromkeys((usable[0], usable[-1]))), SANITIZER)
+    command = [*setup.find_compiler(), "-print-file-name=libasan.so"]
+    runtime = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    options = "detect_leaks=0"  # Python's own
+    return {**os.environ, SANITIZED: str(module), "LD_PRELOAD": runtime, "ASAN_OPTIONS": options}
 
 
-def compile_module(config: setup.Config, folder: Path, module: str, flags: tuple[str, ...]) -> list[setup.Edge]:
+def build(name: str, folder: Path, isas: tuple[str, ...], flags: tuple[str, ...] = ()) -> Path:
+    """Compiles what is out of date; returns the module's file."""
+    config = dataclasses.replace(setup.Config.discover(), isas=isas)  # else as the library's: its objects are taken
+    objects = [*setup.compile_cpu(config, folder, flags), *compile_module(config, folder / "numpy", name, flags)]
+    module = folder / f"{name}.so"
+    # Python's and the sanitizers' symbols are those of the process.
+    edges = [*objects, setup.link(module, objects, ("-Wl,-z,undefs", "-pthread", *flags))]
+    setup.write_ninja(folder / f"{name}.ninja", edges, config)
+    setup.run_ninja(folder / f"{name}.ninja")
+    return module
+
+
+def compile_module(config: setup.Config, folder: Path, name: str, flags: tuple[str, ...]) -> list[setup.Edge]:
     includes = [f"-isystem{path}" for path in (pybind11.get_include(), sysconfig.get_paths()["include"])]
-    own = (*setup.INCLUDES, *includes, f"-DFASTFT_MODULE={module}", "-O1", *flags)
+    own = (*setup.INCLUDES, *includes, f"-DFASTFT_MODULE={name}", "-O1", *flags)
     edges = [setup.Edge("cxx", folder / "module.o", (HERE / "module.cpp",), own)]
     for isa in ("scalar", *config.isas):
         names = (f"-DFASTFT_NAMESPACE=fastft::cpu::{isa}", f"-DFASTFT_ISA_{isa.upper()}=1", f"-DFASTFT_TEST_SET={isa}")
@@ -54,25 +73,8 @@ def compile_module(config: setup.Config, folder: Path, module: str, flags: tuple
     return edges
 
 
-def imported(path: Path):
-    """The module in this file."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def sanitizer_environment() -> dict[str, str]:
-    """Environment of a process that can import the sanitized module."""
-    command = [*setup.find_compiler(), "-print-file-name=libasan.so"]
-    library = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    # Python itself leaks at exit.
-    options = "detect_leaks=0"
-    return {**os.environ, SANITIZED: "1", "LD_PRELOAD": library, "ASAN_OPTIONS": options}
-
-
 def sets() -> list[str]:
-    """"scalar" and the instruction sets of this machine, for :func:`elementwise`."""
+    """What :func:`elementwise` offers here: "scalar" and the instruction sets that are built and usable."""
     return ["scalar", *kernels().isas().split(",")]
 
 
@@ -83,9 +85,10 @@ def elementwise(name: str, isa: str, x: numpy.ndarray) -> numpy.ndarray:
     return y
 
 
-def exactly(array: numpy.ndarray) -> numpy.ndarray:
-    """A copy that is aligned to its elements only and ends where its heap block ends: an overrun of it is an error."""
-    buffer = numpy.empty(array.size + 1, array.dtype)
-    copy = buffer[1:].reshape(array.shape)
+def exactly(array: numpy.ndarray | None) -> numpy.ndarray | None:
+    """A copy that is aligned to its elements only and ends where its heap block ends: an overrun is an error."""
+    if array is None:
+        return None
+    copy = numpy.empty(array.size + 1, array.dtype)[1:].reshape(array.shape)
     copy[...] = array
     return copy

@@ -1,0 +1,191 @@
+"""The CPU kernels without PyTorch: NumPy in, NumPy out, against NumPy in float64; then the same under sanitizers."""
+
+import os
+import subprocess
+import sys
+
+import native
+import numpy as np
+import pytest
+import torch
+
+import setup
+from fastft import activations
+from fastft.testing import error
+
+pytestmark = pytest.mark.skipif(setup.why_no_native() is not None, reason=str(setup.why_no_native()))
+
+BF16 = np.uint16
+# Suffix of a kernel's name -> dtypes of activations and of parameters
+DTYPES = {
+    "f32": (np.float32, np.float32),
+    "bf16": (BF16, BF16),
+    "bf16_f32": (BF16, np.float32),
+    "f64": (np.float64,) * 2,
+}
+ACTIVATIONS = {
+    "identity": (lambda z: z, np.ones_like),
+    "relu": (lambda z: np.maximum(z, 0), lambda z: (z > 0).astype(z.dtype)),
+    "tanh": (np.tanh, lambda z: 1 - np.tanh(z) ** 2),
+}
+# (M, N, K): one element; less than a tile; a tile and one; more than one block of K; many rows; long and thin; empty
+SIZES = [(1, 1, 1), (3, 5, 7), (15, 33, 17), (29, 65, 401), (257, 19, 64), (2, 300, 3), (0, 4, 3), (4, 3, 0)]
+
+
+@pytest.fixture(params=setup.ISA_FLAGS)
+def kernels(request):
+    """The module, switched to one instruction set."""
+    module = native.kernels()
+    if request.param not in module.isas().split(","):
+        pytest.skip(f"not built or not on this machine: {request.param}")
+    module.set_isa(request.param)
+    yield module
+    module.set_threads(1)
+    module.set_isa(module.isas().split(",")[-1])
+
+
+def to_bf16(values):
+    return torch.from_numpy(np.asarray(values, np.float32)).bfloat16().view(torch.uint16).numpy()
+
+
+def stored(values, dtype):
+    """Values rounded to a kernel's dtype."""
+    return to_bf16(values) if dtype == BF16 else np.asarray(values, dtype)
+
+
+def numbers(array, dtype=np.float64):
+    """The numbers that a kernel's array holds."""
+    return (
+        (np.uint32(array) << np.uint32(16)).view(np.float32).astype(dtype)
+        if array.dtype == BF16
+        else array.astype(dtype)
+    )
+
+
+def tensors(results):
+    return {
+        name: torch.from_numpy(array).view(torch.bfloat16) if array.dtype == BF16 else torch.from_numpy(array)
+        for name, array in results.items()
+    }
+
+
+def call(kernels, name, *fields):
+    """Runs a kernel on awkward copies of its arrays; returns the copies."""
+    copies = [native.exactly(field) if isinstance(field, np.ndarray) else field for field in fields]
+    getattr(kernels, name)(*copies)
+    return copies
+
+
+def unwritten(*shape, dtype):
+    """An output to be: NaN, so that what a kernel leaves out shows."""
+    return np.full(shape, 0xFFFF, BF16) if dtype == BF16 else np.full(shape, np.nan, dtype)
+
+
+# ---- linear_act
+
+
+def linear_act_inputs(sizes, dtypes, seed=0):
+    (M, N, K), (T, W), draw = sizes, dtypes, np.random.default_rng(seed).standard_normal
+    weight = stored(draw((N, K)) * max(K, 1) ** -0.5, T)  # a number of T, since the kernel may round it to T, as autocast does
+    values = {"x": (draw((M, K)), T), "w": (numbers(weight), W), "b": (draw(N), W), "dy": (draw((M, N)), T)}
+    return {name: stored(array, dtype) for name, (array, dtype) in values.items()}
+
+
+def linear_act(kernels, suffix, activation, x, w, b, dy):
+    T, W = DTYPES[suffix]
+    M, K, N, index = *x.shape, len(w), activations.index(activation)
+    y, z = (unwritten(M, N, dtype=T) for _ in "yz")
+    y, z, *_ = call(kernels, f"linear_act_forward_{suffix}", y, z, x, w, b, M, N, K, index)
+    dx, dw, db = unwritten(M, K, dtype=T), unwritten(N, K, dtype=W), unwritten(N, dtype=W)
+    kept = None if activation == "identity" else z
+    dx, dw, db, *_ = call(kernels, f"linear_act_backward_{suffix}", dx, dw, db, dy, kept, x, w, M, N, K, index)
+    return {"y": y, "z": z, "dx": dx, "dw": dw, "db": db}
+
+
+def numpy_linear_act(suffix, activation, x, w, b, dy, dtype):
+    """In ``dtype``; rounded where the kernel rounds, unless that is float64."""
+    f, df = ACTIVATIONS[activation]
+    exact = dtype == np.float64
+    T, W = (dtype, dtype) if exact else DTYPES[suffix]
+    x, w, b, dy = (numbers(array, dtype) for array in (x, w, b, dy))
+    z = x @ w.T + b
+    dz = numbers(stored(dy * df(numbers(stored(z, T), dtype)), T), dtype)
+    results = {"y": (f(z), T), "z": (z, T), "dx": (dz @ w, T), "dw": (dz.T @ x, W), "db": (dz.sum(0), W)}
+    return {name: stored(array, kind) for name, (array, kind) in results.items()}
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("suffix", DTYPES)
+def test_linear_act_is_numpys_at_any_size(kernels, suffix, activation):
+    budget = error.Budget(double=suffix == "f64")
+    for seed, sizes in enumerate(SIZES):
+        inputs = linear_act_inputs(sizes, DTYPES[suffix], seed)
+        ours = linear_act(kernels, suffix, activation, **inputs)
+        theirs, truth = (numpy_linear_act(suffix, activation, **inputs, dtype=t) for t in (np.float32, np.float64))
+        budget.add(tensors(ours), tensors(theirs), tensors(truth), case=str(sizes))
+    budget.check()
+
+
+@pytest.mark.parametrize("suffix", DTYPES)
+def test_linear_act_has_the_same_bits_on_any_number_of_threads(kernels, suffix):
+    inputs = linear_act_inputs((131, 259, 77), DTYPES[suffix])
+    results = []
+    for threads in (1, 2, 5):
+        kernels.set_threads(threads)
+        results.append(linear_act(kernels, suffix, "gelu", **inputs))
+    for other in results[1:]:
+        for name, array in results[0].items():
+            np.testing.assert_array_equal(array, other[name], name)
+
+
+def test_linear_act_leaves_out_what_is_not_wanted(kernels):
+    inputs = linear_act_inputs((6, 10, 9), DTYPES["f32"])
+    x, w, dy = (inputs[name] for name in ("x", "w", "dy"))
+    everything = linear_act(kernels, "f32", "gelu", x, w, np.zeros(10, np.float32), dy)
+    forward = unwritten(6, 10, dtype=np.float32), None, x, w, None, 6, 10, 9, activations.index("gelu")
+    np.testing.assert_array_equal(call(kernels, "linear_act_forward_f32", *forward)[0], everything["y"])
+    for position, name in enumerate(("dx", "dw", "db")):
+        outputs = [None, None, None]
+        outputs[position] = np.full_like(everything[name], np.nan)
+        needed = x if name == "dw" else None, w if name == "dx" else None
+        fields = *outputs, dy, everything["z"], *needed, 6, 10, 9, activations.index("gelu")
+        np.testing.assert_array_equal(call(kernels, "linear_act_backward_f32", *fields)[position], everything[name])
+
+
+# ---- under sanitizers
+
+in_sanitized_process = pytest.mark.skipif(native.SANITIZED in os.environ, reason="already under sanitizers")
+
+
+@pytest.fixture(scope="module")
+def sanitized():
+    """Runs Python in a process whose kernels are sanitized."""
+    environment = native.sanitized_environment()
+    environment["PYTHONPATH"] = os.pathsep.join([str(setup.ROOT), str(setup.ROOT / "tests")])
+
+    def run(*arguments):
+        command = [sys.executable, *arguments]
+        return subprocess.run(command, env=environment, cwd=setup.ROOT, capture_output=True, text=True)
+
+    return run
+
+
+@in_sanitized_process
+def test_kernels_are_clean_under_sanitizers(sanitized):
+    tests = ["tests/test_native.py", "tests/test_activations.py"]
+    done = sanitized("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not stated", *tests)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+
+
+@in_sanitized_process
+@pytest.mark.parametrize("isa", ["lowest", "highest"])
+def test_one_element_too_many_would_be_seen(sanitized, isa):
+    code = f"""
+import native, numpy
+kernels = native.kernels()
+kernels.set_isa(kernels.isas().split(",")[{0 if isa == "lowest" else -1}])
+x, w, y = (native.exactly(numpy.ones(shape, numpy.float32)) for shape in ((5, 7), (11, 7), (5, 11)))
+kernels.linear_act_forward_f32(y, None, x, w, native.exactly(numpy.ones(10, numpy.float32)), 5, 11, 7, 0)
+"""
+    done = sanitized("-c", code)
+    assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr, done.stderr[-4000:]
