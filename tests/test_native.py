@@ -86,7 +86,9 @@ def unwritten(*shape, dtype):
 
 def linear_act_inputs(sizes, dtypes, seed=0):
     (M, N, K), (T, W), draw = sizes, dtypes, np.random.default_rng(seed).standard_normal
-    weight = stored(draw((N, K)) * max(K, 1) ** -0.5, T)  # a number of T, since the kernel may round it to T, as autocast does
+    weight = stored(
+        draw((N, K)) * max(K, 1) ** -0.5, T
+    )  # a number of T, since the kernel may round it to T, as autocast does
     values = {"x": (draw((M, K)), T), "w": (numbers(weight), W), "b": (draw(N), W), "dy": (draw((M, N)), T)}
     return {name: stored(array, dtype) for name, (array, dtype) in values.items()}
 
@@ -150,6 +152,84 @@ def test_linear_act_leaves_out_what_is_not_wanted(kernels):
         needed = x if name == "dw" else None, w if name == "dx" else None
         fields = *outputs, dy, everything["z"], *needed, 6, 10, 9, activations.index("gelu")
         np.testing.assert_array_equal(call(kernels, "linear_act_backward_f32", *fields)[position], everything[name])
+
+
+# ---- cross_entropy: class indices, some of them ignored, or probabilities; weights, smoothing, a mean
+
+# (N, C, S): one row; classes in a partial register; several registers and blocks; rows across lanes; spatial; empty
+LOGITS = [(1, 1, 1), (5, 3, 1), (7, 150, 1), (300, 2, 1), (3, 5, 11), (40, 37, 9), (0, 4, 1)]
+IGNORED, SMOOTHING, MEAN = -100, 0.1, 1
+
+
+def cross_entropy_inputs(sizes, dtypes, kind, seed):
+    (N, C, S), (T, W), random = sizes, dtypes, np.random.default_rng(seed)
+    target = random.integers(0, C, (N, S))
+    target[random.random((N, S)) < 0.2] = IGNORED
+    q = random.random((N, C, S)) / C
+    return {
+        "x": stored(3 * random.standard_normal((N, C, S)), T),
+        "target": target if kind == "indices" else None,
+        "q": None if kind == "indices" else stored(q, W),
+        "w": stored(random.uniform(0.5, 2, C), W),
+        "dy": stored([1.5], W),
+    }
+
+
+def cross_entropy(kernels, suffix, x, target, q, w, dy):
+    (T, W), (N, C, S) = DTYPES[suffix], x.shape
+    statistic = np.float64 if suffix == "f64" else np.float32
+    loss, stats, divisor = (
+        unwritten(*shape, dtype=d) for shape, d in (((1,), W), ((3, N, S), statistic), ((1,), statistic))
+    )
+    invalid, options = np.array([7]), (N, C, S, IGNORED, SMOOTHING, MEAN)
+    forward = call(
+        kernels, f"cross_entropy_forward_{suffix}", loss, stats, divisor, None, invalid, x, target, q, w, *options
+    )
+    loss, stats, divisor, _, invalid, *_ = forward
+    assert invalid == -1
+    dx, dq = unwritten(N, C, S, dtype=T), None if q is None else unwritten(N, C, S, dtype=W)
+    backward = dx, dq, dy, stats, divisor, x, target, q, w, *options
+    dx, dq, *_ = call(kernels, f"cross_entropy_backward_{suffix}", *backward)
+    return {"loss": loss, "dx": dx} | ({} if q is None else {"dq": dq})
+
+
+def numpy_cross_entropy(suffix, x, target, q, w, dy, dtype):
+    """In ``dtype``, rounded at the end, unless that is float64."""
+    T, W = (dtype, dtype) if dtype == np.float64 else DTYPES[suffix]
+    C, (x, w, dy) = x.shape[1], (numbers(array, dtype) for array in (x, w, dy))
+    share, w = dtype(SMOOTHING / C), w[:, None]
+    valid = np.ones_like(x[:, 0]) if target is None else (target != IGNORED).astype(dtype)
+    onto = numbers(q, dtype) if target is None else (np.arange(C)[:, None] == target[:, None]).astype(dtype)
+    soft = (dtype(1 - SMOOTHING) * onto + share) * w * valid[:, None]
+    divisor = dtype(valid.size) if target is None else (onto * w).sum(dtype=dtype)
+    shifted = x - x.max(1, keepdims=True, initial=-np.inf)
+    log_p = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+    grad = dy / divisor
+    loss = np.atleast_1d(-(soft * log_p).sum() / divisor)
+    results = {"loss": (loss, W), "dx": (grad * (np.exp(log_p) * soft.sum(1, keepdims=True) - soft), T)}
+    if target is None:
+        results["dq"] = (-grad * dtype(1 - SMOOTHING) * w * log_p, W)
+    return {name: stored(array, kind) for name, (array, kind) in results.items()}
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the mean of no rows, 0 / 0
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+@pytest.mark.parametrize("suffix", DTYPES)
+def test_cross_entropy_is_numpys_at_any_size(kernels, suffix, kind):
+    budget = error.Budget(double=suffix == "f64")
+    for seed, sizes in enumerate(LOGITS):
+        inputs = cross_entropy_inputs(sizes, DTYPES[suffix], kind, seed)
+        ours = cross_entropy(kernels, suffix, **inputs)
+        theirs, truth = (numpy_cross_entropy(suffix, **inputs, dtype=t) for t in (np.float32, np.float64))
+        budget.add(tensors(ours), tensors(theirs), tensors(truth), case=str(sizes))
+    budget.check()
+
+
+def test_the_first_target_out_of_range_is_reported(kernels):
+    inputs = cross_entropy_inputs((50, 3, 2), DTYPES["f32"], "indices", 0)
+    inputs["target"][20, 1], inputs["target"][30, 0] = 3, -1
+    fields = None, None, None, np.array([-1]), inputs["x"], inputs["target"], None, None, 50, 3, 2, IGNORED, 0.0, MEAN
+    assert call(kernels, "cross_entropy_forward_f32", unwritten(1, dtype=np.float32), *fields)[4] == 41
 
 
 # ---- under sanitizers

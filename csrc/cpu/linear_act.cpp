@@ -10,25 +10,23 @@
 namespace FASTFT_NAMESPACE {
 namespace {
 
-template <class T, class W, int kActivation>
+template <class T, int kActivation>
 struct ForwardEpilogue {
   using Acc = Compute<T>;
-  const LinearActForward<T, W>& p;
+  T* const y;
+  T* const z;             // or null
+  const Acc* const bias;  // zeros where there is none
+  const int64_t N;
 
   static void run(const void* context, const Acc* tile, int64_t row, int64_t col, int rows, int cols) {
-    const auto& p = static_cast<const ForwardEpilogue*>(context)->p;
+    const auto& p = *static_cast<const ForwardEpilogue*>(context);
     constexpr int kCols = kTileCols<typename TileFor<T>::type>;
-    Acc bias[kCols] = {};
-    if (p.b)
-      for (int j = 0; j < cols; ++j) bias[j] = to_float(p.b[col + j]);
     for (int i = 0; i < rows; ++i) {
-      T* const y = p.y + (row + i) * p.N + col;
-      T* const z = p.z ? p.z + (row + i) * p.N + col : nullptr;
-      for_lanes<Acc>(cols, [&](int64_t j, auto load_some, auto store_some) {
-        (void)load_some;
-        const Vec<Acc> v = load(tile + i * kCols + j) + load(bias + j);
-        if (z) store_some(z + j, v);
-        store_some(y + j, Act<kActivation>::f(v));
+      const int64_t at = (row + i) * p.N + col;
+      for_registers<Acc>(cols, [&](int64_t j, auto load_some, auto store_some) {
+        const Vec<Acc> v = load(tile + i * kCols + j) + load_some(p.bias + col + j);
+        if (p.z) store_some(p.z + at + j, v);
+        store_some(p.y + at + j, Act<kActivation>::f(v));
       });
     }
   }
@@ -52,45 +50,46 @@ struct StoreEpilogue {  // rounds the tile to the output
 
 constexpr int64_t kSumRows = 64;  // rows of one partial sum of db: fixed, so that the sum's order is
 
-// dz = dy act'(z) and db, in one pass; dz may be null where the activation is the identity.
-template <int kActivation, class T, class W>
-void grad_preact(T* dz, W* db, const T* dy, const T* z, int64_t M, int64_t N, const Host& host) {
+// dz = dy act'(z) and the sums of its columns over each kSumRows rows, in one pass. dz is null for the identity, sums where nobody wants them.
+template <int kActivation, class T>
+void grad_preact(T* dz, Compute<T>* sums, const T* dy, const T* z, int64_t M, int64_t N, const Host& host) {
   using Acc = Compute<T>;
-  const int64_t chunks = ceil_div(M, kSumRows);
-  Acc* const partial = db ? scratch<Acc>(host, chunks * N) : nullptr;
-  parallel_for(host, chunks, [&](int64_t chunk, int) {
-    const int64_t end = (chunk + 1) * kSumRows < M ? (chunk + 1) * kSumRows : M;
-    Acc* const sums = partial ? partial + chunk * N : nullptr;
-    for (int64_t i = chunk * kSumRows; i < end; ++i) {
-      const bool first = i == chunk * kSumRows;
-      for_lanes<Acc>(N, [&](int64_t j, auto load, auto store) {
+  parallel_for(host, ceil_div(M, kSumRows), [&](int64_t chunk, int) {
+    const int64_t begin = chunk * kSumRows, end = begin + kSumRows < M ? begin + kSumRows : M;
+    Acc* const sum = sums ? sums + chunk * N : nullptr;
+    for (int64_t i = begin; i < end; ++i)
+      for_registers<Acc>(N, [&](int64_t j, auto load, auto store) {
         Vec<Acc> v = load(dy + i * N + j);
         if constexpr (kActivation != kIdentity) v *= Act<kActivation>::df(load(z + i * N + j));
-        if (dz) {
-          store(dz + i * N + j, v);
-        }
-        if (sums) store(sums + j, first ? v : load(sums + j) + v);
+        if (dz) store(dz + i * N + j, v);
+        if (sum) store(sum + j, i == begin ? v : load(sum + j) + v);
       });
-    }
   });
-  if (db)
-    parallel_for(host, ceil_div(N, 256), [&](int64_t task, int) {
-      const int64_t from = task * 256, count = N - from < 256 ? N - from : 256;
-      for_lanes<Acc>(count, [&](int64_t j, auto load, auto store) {
-        Vec<Acc> sum = {};
-        for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += load(partial + chunk * N + from + j);
-        store(db + from + j, sum);
-      });
+}
+
+template <class Acc, class W>
+void add_up(W* db, const Acc* sums, int64_t chunks, int64_t N, const Host& host) {
+  constexpr int64_t kCols = 256;
+  parallel_for(host, ceil_div(N, kCols), [&](int64_t task, int) {
+    const int64_t from = task * kCols, count = N - from < kCols ? N - from : kCols;
+    for_lanes<Acc>(count, [&](int64_t j, auto load, auto store) {
+      Vec<Acc> sum = {};
+      for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += load(sums + chunk * N + from + j);
+      store(db + from + j, sum);
     });
+  });
 }
 
 }  // namespace
 
 template <class T, class W>
 void linear_act_forward(const LinearActForward<T, W>& p, const Host& host) {
+  using Acc = Compute<T>;
+  Acc* const bias = scratch<Acc>(host, p.N);
+  for (int64_t j = 0; j < p.N; ++j) bias[j] = p.b ? to_float(p.b[j]) : Acc(0);
   dispatch_activation(p.activation, [&](auto activation) {
     constexpr int size = sizeof(T);
-    const ForwardEpilogue<T, W, activation.value> epilogue{p};
+    const ForwardEpilogue<T, activation.value> epilogue{p.y, p.z, bias, p.N};
     gemm<T>(p.M, p.N, p.K, Operand<T>{p.x, p.K, false}, Operand<W>{p.w, p.K, false},
             {&epilogue.run, &epilogue, {{p.y, p.N * size, size}, {p.z, p.N * size, size}}}, host);
   });
@@ -98,16 +97,16 @@ void linear_act_forward(const LinearActForward<T, W>& p, const Host& host) {
 
 template <class T, class W>
 void linear_act_backward(const LinearActBackward<T, W>& p, const Host& host) {
-  const T* dz = p.dy;
-  dispatch_activation(p.activation, [&](auto activation) {
-    if constexpr (activation.value == kIdentity) {
-      if (p.db) grad_preact<kIdentity, T, W>(nullptr, p.db, p.dy, nullptr, p.M, p.N, host);
-    } else {
-      T* const made = scratch<T>(host, p.M * p.N);
-      grad_preact<activation.value, T, W>(made, p.db, p.dy, p.z, p.M, p.N, host);
-      dz = made;
-    }
-  });
+  using Acc = Compute<T>;
+  const int64_t chunks = ceil_div(p.M, kSumRows);
+  Acc* const sums = p.db ? scratch<Acc>(host, chunks * p.N) : nullptr;
+  T* const made = p.activation == kIdentity ? nullptr : scratch<T>(host, p.M * p.N);
+  const T* const dz = made ? made : p.dy;
+  if (made || sums)
+    dispatch_activation(p.activation, [&](auto activation) {
+      grad_preact<activation.value, T>(made, sums, p.dy, p.z, p.M, p.N, host);
+    });
+  if (p.db) add_up(p.db, sums, chunks, p.N, host);
   if (p.dx) {
     const StoreEpilogue<T, T> epilogue{p.dx, p.K};
     gemm<T>(p.M, p.K, p.N, Operand<T>{dz, p.N, false}, Operand<W>{p.w, p.K, true},
