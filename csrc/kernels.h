@@ -68,19 +68,19 @@ using Statistic = typename StatisticOf<T>::type;
 enum Reduction { kNone, kMean, kSum };
 
 // Cross-entropy of the N * S rows x[n, :, s] against class indices or probabilities (one of the two pointers is null).
+// stats holds each row's maximum and log of its sum of exp(x - maximum); with q or smoothing its soft weights' sum too.
+// A class index out of range fails a device-side assertion on CUDA; the CPU reports it in `invalid`.
 template <class T, class W>
 struct CrossEntropyForward {
-  W* loss;  // (N, S) for kNone, else (1)
-  Statistic<T>*
-      stats;  // (2, N, S) or null: a row's maximum, log of its sum of exp(x - maximum); with q or smoothing (3, N, S): weight of its soft target
+  W* loss;                 // (N, S) for kNone, else (1)
+  Statistic<T>* stats;     // (2, N, S), (3, N, S) with q or smoothing, or null
   Statistic<T>* divisor;   // (1) or null: what kMean divided by
   Statistic<T>* row_loss;  // (N, S), CUDA's workspace where there is a reduction
-  int64_t*
-      invalid;  // (1) the first row whose target is out of range, or -1; on CUDA a device-side assertion fails instead
-  const T* x;   // (N, C, S)
-  const int64_t* target;  // (N, S) or null
-  const W* q;             // (N, C, S) or null
-  const W* w;             // (C) or null: ones
+  int64_t* invalid;        // (1) the first row whose class index is out of range, or -1; CPU only
+  const T* x;              // (N, C, S)
+  const int64_t* target;   // (N, S) or null
+  const W* q;              // (N, C, S) or null
+  const W* w;              // (C) or null: ones
   int64_t N, C, S;
   int64_t ignore_index;
   double smoothing;

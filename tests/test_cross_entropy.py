@@ -51,11 +51,11 @@ def logits(*shape, dtype=torch.float32, seed=0):
 
 SHAPES = ((6,), (9, 3), (5, 31), (2, 129), (3, 260), (0, 4), (2, 5, 3), (2, 33, 20), (3, 3, 2, 4), (2, 7, 0))
 OPTIONS = [
-    {"probabilities": probabilities, "weighted": weighted, "reduction": reduction, "smoothing": smoothing, "ignore": ignore}
-    for probabilities, weighted, reduction, smoothing, ignore in itertools.product(
+    dict(zip(("probabilities", "weighted", "reduction", "smoothing", "ignore"), values, strict=True))
+    for values in itertools.product(
         (False, True), (False, True), ("mean", "sum", "none"), (0.0, 0.25, 1.0), (None, -100, 0, 10**12)
     )
-    if not (probabilities and ignore in (0, 10**12))
+    if not (values[0] and values[-1] in (0, 10**12))  # probabilities have no class to ignore
 ]
 
 
@@ -189,28 +189,29 @@ def test_mixed_dtypes_of_probabilities_promote(ours):
 
 # ---- errors
 
+ones = torch.ones
 BAD_CALLS = [
-    ((torch.ones(4, 5), torch.ones(3).long()), {}, "target is (3,), input (4, 5) needs (4,) or, for probabilities, (4, 5)"),
-    ((torch.ones(4, 5), torch.tensor(1)), {}, "target is (), input (4, 5) needs (4,)"),
-    ((torch.ones(4, 5), torch.ones(4, 1).long()), {}, "target is (4, 1), input (4, 5) needs (4,)"),
-    ((torch.ones(5), torch.ones(2).long()), {}, "target is (2,), input (5,) needs ()"),
-    ((torch.ones(2, 5, 3), torch.ones(2, 4).long()), {}, "target is (2, 4), input (2, 5, 3) needs (2, 3)"),
-    ((torch.ones(2, 5, 3), torch.ones(3, 3).long()), {}, "target is (3, 3), input (2, 5, 3) needs (2, 3)"),
-    ((torch.ones(()), torch.tensor(0)), {}, "input is (), needs (C,), (N, C) or (N, C, d1, …)"),
-    ((torch.ones(4, 5), torch.ones(4).int()), {}, "target is torch.int32, class indices must be torch.int64 or torch.uint8"),
-    ((torch.ones(4, 5), torch.ones(4)), {}, "target is torch.float32, class indices must be"),
-    ((torch.ones(4, 5), torch.ones(4, 5).long()), {}, "target is torch.int64, must be floating-point where it has"),
-    ((torch.ones(4, 5).long(), torch.ones(4).long()), {}, "input is torch.int64, must be a floating-point tensor"),
-    ((torch.ones(4, 5), torch.ones(4).long(), torch.ones(4)), {}, "weight is (4,), input (4, 5) needs (5,)"),
-    ((torch.ones(4, 5), torch.ones(4, 5), torch.ones(1, 5)), {}, "weight is (1, 5), input (4, 5) needs (5,)"),
-    ((torch.ones(4, 5), torch.ones(4).long(), torch.ones(5).double()), {}, "weight is torch.float64, input torch.float32"),
-    ((torch.ones(4, 5), torch.ones(4).long(), torch.ones(5, device="meta")), {}, "weight is on meta, input on cpu"),
-    ((torch.ones(4, 5), torch.ones(4, device="meta").long()), {}, "target is on meta, input on cpu"),
-    ((torch.ones(4, 5), torch.ones(4, 5)), {"ignore_index": 2}, "ignore_index is 2, probabilities have no class to ignore"),
-    ((torch.ones(4, 5), torch.ones(4).long()), {"label_smoothing": 1.5}, "label_smoothing is 1.5, must be in [0, 1]"),
-    ((torch.ones(4, 5), torch.ones(4).long()), {"reduction": "avg"}, "reduction is 'avg', must be one of none, mean, sum"),
-    (([1.0], torch.ones(4).long()), {}, "input must be a tensor, got list"),
-    ((torch.ones(4, 5), 3), {}, "target must be a tensor, got int"),
+    ((ones(4, 5), ones(3).long()), {}, "target is (3,), input (4, 5) needs (4,) or, for probabilities, (4, 5)"),
+    ((ones(4, 5), torch.tensor(1)), {}, "target is (), input (4, 5) needs (4,)"),
+    ((ones(4, 5), ones(4, 1).long()), {}, "target is (4, 1), input (4, 5) needs (4,)"),
+    ((ones(5), ones(2).long()), {}, "target is (2,), input (5,) needs ()"),
+    ((ones(2, 5, 3), ones(2, 4).long()), {}, "target is (2, 4), input (2, 5, 3) needs (2, 3)"),
+    ((ones(2, 5, 3), ones(3, 3).long()), {}, "target is (3, 3), input (2, 5, 3) needs (2, 3)"),
+    ((ones(()), torch.tensor(0)), {}, "input is (), needs (C,), (N, C) or (N, C, d1, …)"),
+    ((ones(4, 5), ones(4).int()), {}, "target is torch.int32, class indices must be torch.int64 or torch.uint8"),
+    ((ones(4, 5), ones(4)), {}, "target is torch.float32, class indices must be"),
+    ((ones(4, 5), ones(4, 5).long()), {}, "target is torch.int64, must be floating-point where it has"),
+    ((ones(4, 5).long(), ones(4).long()), {}, "input is torch.int64, must be a floating-point tensor"),
+    ((ones(4, 5), ones(4).long(), ones(4)), {}, "weight is (4,), input (4, 5) needs (5,)"),
+    ((ones(4, 5), ones(4, 5), ones(1, 5)), {}, "weight is (1, 5), input (4, 5) needs (5,)"),
+    ((ones(4, 5), ones(4).long(), ones(5).double()), {}, "weight is torch.float64, input torch.float32"),
+    ((ones(4, 5), ones(4).long(), ones(5, device="meta")), {}, "weight is on meta, input on cpu"),
+    ((ones(4, 5), ones(4, device="meta").long()), {}, "target is on meta, input on cpu"),
+    ((ones(4, 5), ones(4, 5)), {"ignore_index": 2}, "ignore_index is 2, probabilities have no class to ignore"),
+    ((ones(4, 5), ones(4).long()), {"label_smoothing": 1.5}, "label_smoothing is 1.5, must be in [0, 1]"),
+    ((ones(4, 5), ones(4).long()), {"reduction": "avg"}, "reduction is 'avg', must be one of none, mean, sum"),
+    (([1.0], ones(4).long()), {}, "input must be a tensor, got list"),
+    ((ones(4, 5), 3), {}, "target must be a tensor, got int"),
 ]
 
 
@@ -228,7 +229,12 @@ def test_errors_have_pytorchs_type_and_name_argument_and_value(args, kwargs, mes
     ("target", "shape", "options", "message"),
     [
         (torch.tensor([0, 1, 5, 7]), (4, 5), {}, "target[2] is 5, must be in [0, 5) or ignore_index -100"),
-        (torch.tensor([0, 1, -1, 2]), (4, 5), {"ignore_index": 5}, "target[2] is -1, must be in [0, 5) or ignore_index 5"),
+        (
+            torch.tensor([0, 1, -1, 2]),
+            (4, 5),
+            {"ignore_index": 5},
+            "target[2] is -1, must be in [0, 5) or ignore_index 5",
+        ),
         (torch.tensor([[1, 2, 0], [0, 300, 4]]), (2, 300, 3), {}, "target[1, 1] is 300, must be in [0, 300)"),
         (torch.tensor([2**40, 0]), (2, 300), {"label_smoothing": 0.1}, f"target[0] is {2**40}, must be in [0, 300)"),
         (torch.tensor([1, 200], dtype=torch.uint8), (2, 5), {}, "target[1] is 200, must be in [0, 5)"),
@@ -278,8 +284,9 @@ def test_the_raw_op_refuses_what_would_touch_foreign_memory():
 
 @needs_library
 def test_small_inputs_are_pytorchs_and_large_ones_ours():
+    input, target = logits(32, 2), torch.zeros(32).long()
     with KernelCalls() as kernels:
-        assert torch.equal(cross_entropy(logits(32, 2), torch.zeros(32).long()), reference(logits(32, 2), torch.zeros(32).long()))
+        assert torch.equal(cross_entropy(input, target), reference(input, target))
     assert not kernels.calls
     with KernelCalls() as kernels:
         cross_entropy(logits(4096, 20), torch.zeros(4096).long())
@@ -288,13 +295,13 @@ def test_small_inputs_are_pytorchs_and_large_ones_ours():
 
 def test_a_gradient_of_the_weights_is_pytorchs():
     weight = torch.ones(5, requires_grad=True)
-    input, probabilities = logits(900, 5), logits(900, 5).softmax(1)
+    input, probabilities = logits(9000, 5), logits(9000, 5).softmax(1)
     found, expected = (
-        torch.autograd.grad(function(input, probabilities, weight), weight)[0] for function in (cross_entropy, reference)
+        torch.autograd.grad(loss(input, probabilities, weight), weight)[0] for loss in (cross_entropy, reference)
     )
     assert torch.equal(found, expected)
     with pytest.raises(RuntimeError, match="not differentiable with respect to argument 'weight'"):
-        cross_entropy(input, torch.zeros(900).long(), weight)
+        cross_entropy(input, torch.zeros(9000).long(), weight)
 
 
 def test_the_gradient_of_the_weights_is_no_fall_back_without_autograd(ours):
@@ -329,9 +336,9 @@ def test_functorch_gives_pytorchs_answer():
 
 
 def test_a_second_derivative_when_the_upstream_gradient_needs_none(ours):
-    def penalty(function):
+    def penalty(loss):
         input = logits(4, 300, dtype=torch.float64).requires_grad_()
-        (grad,) = torch.autograd.grad(function(input, torch.arange(4)), input, create_graph=True)
+        (grad,) = torch.autograd.grad(loss(input, torch.arange(4)), input, create_graph=True)
         return torch.autograd.grad(grad.square().sum(), input)[0]
 
     torch.testing.assert_close(penalty(cross_entropy), penalty(reference))

@@ -1,5 +1,5 @@
-// torch.ops.fastft.cross_entropy_forward / _backward; kernels.h has the shapes. input is (N, C, *): what follows C counts as one dimension, S. target is
-// int64 for class indices, or has the loss's dtype for probabilities.
+// torch.ops.fastft.cross_entropy_forward / _backward; kernels.h has the shapes. input is (N, C, *): what follows C is
+// one dimension, S, here. target is int64 for class indices, or has the loss's dtype for probabilities.
 #include "torch.h"
 
 namespace fastft::binding {

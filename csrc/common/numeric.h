@@ -2,7 +2,7 @@
 //
 // Generic over F: float and double on both devices, Vec<float> and Vec<double> (cpu/isa.h) on the CPU. Branch-free; NaN
 // stays NaN. fp64 is the C library's, lane by lane. fp32 is computed here: range reduction, then polynomials that are
-// minimax fits (Remez exchange in 40 digits), their coefficients rounded to fp32 one by one, lowest power first, and the
+// minimax fits (Remez exchange in 40 digits), their coefficients rounded to fp32 one by one, lowest power first, the
 // others fitted again in between; a comment "2^-28 of y" is the error of such a fit relative to y. Fused multiply-adds
 // are welcome, not needed. "ulp" above a function is its largest error, with them and without, over one fp32 argument
 // in 13.
@@ -123,15 +123,23 @@ FASTFT_INLINE ReducedExp<F> reduced_exp_of_sum(F high, F low) {
   return exp_of_rest(n, ((high - n * 0.693145752f) - n * 1.42860677e-6f) + low);
 }
 
-// 0.97 ulp, denormal results included
 template <class F>
-FASTFT_INLINE F exp(F x) {
+FASTFT_INLINE F exp_below_90(F x) {
   if constexpr (kIsDouble<F>) {
     return by_lane(x, [](double v) { return ::exp(v); });
   } else {
-    const auto [n, m] = reduced_exp(clamp(x, -104.f, 89.f));  // exp(-104) < 2^-150, exp(89) > 2^128
+    const auto [n, m] = reduced_exp(x < -104.f ? splat<F>(-104.f) : x);  // exp(-104) < 2^-150
     return times_two_to(1.f + m, n);
   }
+}
+
+// 0.97 ulp, denormal results included
+template <class F>
+FASTFT_INLINE F exp(F x) {
+  if constexpr (kIsDouble<F>)
+    return exp_below_90(x);
+  else
+    return exp_below_90(x > 89.f ? splat<F>(89.f) : x);  // exp(89) > 2^128
 }
 
 // 1.44 and 1.48 ulp
@@ -205,7 +213,7 @@ FASTFT_INLINE F log1p(F x) {
 // 1 / (1 + exp(a)) for a >= 0: the smaller of sigmoid(a) and sigmoid(-a), accurate relative to itself
 template <class F>
 FASTFT_INLINE F sigmoid_tail(F a) {
-  const F e = exp(-a);
+  const F e = exp_below_90(-a);
   return e / (1.f + e);
 }
 
@@ -265,17 +273,16 @@ FASTFT_INLINE Normal<F> normal(F z) {
     return {by_lane(z, [](double v) { return 0.5 * ::erfc(-0.70710678118654752 * v); }),
             0.39894228040143268 * exp(-0.5 * z * z)};
   } else {
-    const F x = clamp(z, -14.5f, 14.5f);                            // beyond, the pdf is below 2^-150
-    const F top = bit_cast<F>(bit_cast<Bits<F>>(x) & 0xfffff000u);  // of 12 bits, so that its square is exact
-    const auto [n, m] = reduced_exp_of_sum(-0.5f * (top * top), -0.5f * ((x + top) * (x - top)));
+    const F size = abs(z), a = size > 14.5f ? splat<F>(14.5f) : size;  // beyond, the pdf is below 2^-150
+    const F top = bit_cast<F>(bit_cast<Bits<F>>(a) & 0xfffff000u);     // of 12 bits, so that its square is exact
+    const auto [n, m] = reduced_exp_of_sum(-0.5f * (top * top), -0.5f * ((a + top) * (a - top)));
     const F e = times_two_to(1.f + m, n);
-    const F a = abs(x);
     const F p = polynomial(a, 5.8375983e-3f, 5.031094e-2f, 0.20981696f, 0.47083142f, 0.50001013f);
     const F q = polynomial(a, 1.463265e-2f, 0.12611325f, 0.5405006f, 1.3073277f, 1.7396739f, 1.f);
     const F tail = e * p / q;
-    // (Phi(x) - 1/2) / x for a < 0.875; 2^-27 of Phi(-a)
-    const F s = polynomial(x * x, 9.711299e-5f, -1.1736053e-3f, 9.969028e-3f, -6.6489786e-2f, 0.39894226f);
-    return {a < 0.875f ? 0.5f + x * s : (x < 0.f ? tail : 1.f - tail), 0.39894228f * e};
+    // (Phi(z) - 1/2) / z for a < 0.875; 2^-27 of Phi(-a)
+    const F s = polynomial(z * z, 9.711299e-5f, -1.1736053e-3f, 9.969028e-3f, -6.6489786e-2f, 0.39894226f);
+    return {a < 0.875f ? 0.5f + z * s : (z < 0.f ? tail : 1.f - tail), 0.39894228f * e};
   }
 }
 

@@ -89,7 +89,7 @@ inline void store(bf16* p, Vec<float> v) {
   std::memcpy(p, &h, sizeof h);
 }
 
-// ---- the first n lanes, 0 < n < lanes; missing lanes read as zero
+// ---- the first n lanes, 0 < n <= lanes; missing lanes read as zero
 #if defined(FASTFT_ISA_AVX512) || defined(FASTFT_ISA_AVX512_BF16)
 inline Vec<float> load(const float* p, int n) { return _mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p); }
 inline Vec<double> load(const double* p, int n) { return _mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), p); }

@@ -1,7 +1,8 @@
 // Softmax cross-entropy; csrc/cpu/cross_entropy.cpp has the formulas, from which h, k and g are named here.
 // Moves 3 M C sizeof(T) bytes for M rows: the forward reads the logits once, the backward reads them and writes dx.
-// A team of 1, 32 or 256 threads works on a row, each by an online softmax over 16 values at a time. Classes that do not come last are one thread's: then
-// neighbouring threads read neighbouring rows, which is where memory is contiguous. A reduction is a second launch of one block: its order follows from M.
+// A team of 1, 32 or 256 threads works on a row, each by an online softmax over 16 values at a time. Classes that do
+// not come last are one thread's: then neighbouring threads read neighbouring rows, which is where memory is
+// contiguous. A reduction is a second launch of one block: its order follows from M.
 #include <cassert>
 
 #include "device.cuh"
@@ -35,6 +36,11 @@ struct Place {
         lane(threadIdx.x % kTeam) {}
 };
 
+template <class F, class Args>
+__device__ F weight_of(const Args& p, int64_t c) {
+  return p.w ? F(to_float(p.w[c])) : F(1);
+}
+
 template <class F>
 struct Target {
   int64_t index;  // -1: none, because it is ignored or there are probabilities
@@ -49,13 +55,8 @@ __device__ Target<F> target_of(const Args& p, int64_t row) {
   const int64_t c = p.target[row];
   if (c == p.ignore_index) return {-1, F(0), F(0), true};
   assert(c >= 0 && c < p.C && "cross_entropy: target is out of range");
-  const F weight = p.w ? F(to_float(p.w[c])) : F(1);
+  const F weight = weight_of<F>(p, c);
   return {c, F(1 - p.smoothing) * weight, weight, false};
-}
-
-template <class F, class Args>
-__device__ F weight_of(const Args& p, int64_t c) {
-  return p.w ? F(to_float(p.w[c])) : F(1);
 }
 
 template <class F, class Args>

@@ -10,7 +10,7 @@ _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # enum Reduction of csrc/kernels
 
 
 def cross_entropy(input, target, weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0):
-    """Softmax cross-entropy, as torch.nn.functional.cross_entropy: one pass over the logits, one more for their gradient.
+    """Softmax cross-entropy, as torch.nn.functional.cross_entropy, one pass over the logits and one for the gradient.
 
     Of the forward, two numbers of a row are kept for the backward (three with soft targets). Ignored rows get zero
     gradients whatever their logits are. Under autocast the loss is float32; the logits are read in the dtype they have.
@@ -35,18 +35,24 @@ def cross_entropy(input, target, weight=None, ignore_index=-100, reduction="mean
         >>> cross_entropy(torch.zeros(2, 4), torch.tensor([0, 3]))
         tensor(1.3863)
     """
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise RuntimeError(f"cross_entropy: label_smoothing is {label_smoothing}, must be in [0, 1]")
     arguments = input, target, weight, ignore_index, reduction, label_smoothing
     ours = False
     try:
-        # PyTorch checks what it gets, so that where it is faster our checks need only word its errors.
+        # PyTorch checks what it gets: where it is faster, our checks are left to put its errors in our words.
         if _choice.backend() != "auto" or not _slower(input):
-            classes, dtype = _check(*arguments)
+            classes, dtype = _check(*arguments[:5])
             ours = _choice.runs("cross_entropy", _why_not(input, target, weight, classes))
         return _run(*arguments, dtype) if ours else reference(*arguments)
-    except (IndexError, RuntimeError, TypeError, ValueError):
-        classes, _ = _check(*arguments)
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        failure = error
+    try:
+        classes, _ = _check(*arguments[:5])
         _raise_if_out_of_range(input, target, ignore_index, classes)
-        raise
+        raise failure
+    finally:
+        del failure  # whose traceback holds this frame, and so all tensors
 
 
 def reference(input, target, weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0):
@@ -56,7 +62,7 @@ def reference(input, target, weight=None, ignore_index=-100, reduction="mean", l
     )
 
 
-def _check(input, target, weight, ignore_index, reduction, label_smoothing):
+def _check(input, target, weight, ignore_index, reduction):
     """Raises, by PyTorch's types, for what a user can get wrong; returns the number of classes and the loss's dtype."""
     for name, tensor in (("input", input), ("target", target), ("weight", weight)):
         if not isinstance(tensor, torch.Tensor) and not (tensor is None and name == "weight"):
@@ -65,8 +71,6 @@ def _check(input, target, weight, ignore_index, reduction, label_smoothing):
             raise RuntimeError(f"cross_entropy: {name} is on {tensor.device}, input on {input.device}")
     if reduction not in _REDUCTIONS:
         raise ValueError(f"cross_entropy: reduction is {reduction!r}, must be one of {', '.join(_REDUCTIONS)}")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise RuntimeError(f"cross_entropy: label_smoothing is {label_smoothing}, must be in [0, 1]")
     if not input.is_floating_point():
         raise NotImplementedError(f"cross_entropy: input is {input.dtype}, must be a floating-point tensor")
     shape, dtype = input.shape, _computed_in(input)
@@ -122,8 +126,8 @@ def _why_not(input, target, weight, classes):
 
 
 def _slower(input):
-    """The shipped rule: where PyTorch is done before an autograd.Function and our checks have cost their 50 us, or 15 us
-    without a gradient; and float64, whose exponentials are the C library's, one after the other."""
+    """The shipped rule: where PyTorch is done before an autograd.Function and our checks have cost their 50 us (15 us
+    without a gradient); and float64, whose exponentials are the C library's, one after the other."""
     if not isinstance(input, torch.Tensor) or not input.is_cpu:
         return False
     size, dtype = input.numel(), input.dtype
@@ -146,7 +150,7 @@ def _raise_if_out_of_range(input, target, ignore_index, classes):
         where = f"target[{', '.join(map(str, index))}]" if index else "target"
         raise IndexError(
             f"cross_entropy: {where} is {target[index]}, must be in [0, {classes}) or ignore_index {ignore_index}"
-        ) from None
+        )
 
 
 def _run(input, target, weight, ignore_index, reduction, label_smoothing, dtype):
