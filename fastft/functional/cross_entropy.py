@@ -12,8 +12,8 @@ _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # enum Reduction of csrc/kernels
 def cross_entropy(input, target, weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0):
     """Softmax cross-entropy, as torch.nn.functional.cross_entropy, one pass over the logits and one for the gradient.
 
-    Of the forward, two numbers of a row are kept for the backward (three with soft targets). Ignored rows get zero
-    gradients whatever their logits are. Under autocast the loss is float32; the logits are read in the dtype they have.
+    Of the forward, two numbers of a row are kept for the backward (three with soft targets). Under autocast the loss is
+    float32; the logits are read in the dtype they have. float64 on the CPU and small inputs are PyTorch's.
 
     Args:
         input: logits, ``(C,)``, ``(N, C)`` or ``(N, C, d1, …)``, float32, bfloat16 or float64 (float16 on CUDA).

@@ -32,7 +32,11 @@ SANITIZER = (
 @functools.cache
 def kernels():
     """The module of this process. Raises: setup.BuildError: see what the compiler printed."""
-    path = os.environ.get(SANITIZED) or build("fastft_native", setup.BUILD, setup.Config.discover().isas)
+    return imported(os.environ.get(SANITIZED) or build("fastft_native", setup.BUILD, setup.Config.discover().isas))
+
+
+def imported(path: str | Path):
+    """The extension module in this file."""
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -5,6 +5,7 @@ import math
 import torch
 
 from fastft import functional
+from fastft.functional.cross_entropy import reference
 from fastft.testing.spec import OpSpec, Sample, Timed
 
 
@@ -68,12 +69,6 @@ def _one_in_eight(target):
 def sizes(input, target, weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0):
     C = input.shape[min(1, input.dim() - 1)]
     return (math.prod(input.shape) // C, C)
-
-
-def reference(input, target, weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0):
-    return torch.nn.functional.cross_entropy(
-        input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
-    )
 
 
 SPEC = OpSpec(
