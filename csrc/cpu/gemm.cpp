@@ -203,7 +203,8 @@ Partition partition(int64_t M, int64_t N, int tile_rows, int tile_cols, int thre
       const int64_t tasks = ceil_div(best.tiles, block_tiles) * ceil_div(best.panels, block_panels);
       const double task_time =
           double(block_tiles) * double(block_panels) + 0.3 * double(block_tiles) + 0.15 * double(block_panels);
-      const double time = task_time * double(ceil_div(tasks, threads));
+      // Half a task more: what a thread waits for at the end, since cores differ in speed from moment to moment.
+      const double time = task_time * (double(ceil_div(tasks, threads)) + (threads > 1 ? 0.5 : 0.0));
       if (time < best_time * 0.999) {
         best_time = time;
         best.block_tiles = block_tiles;

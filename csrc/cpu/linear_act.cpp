@@ -15,19 +15,28 @@ struct ForwardEpilogue {
   using Acc = Compute<T>;
   T* const y;
   T* const z;             // or null
-  const Acc* const bias;  // zeros where there is none
+  const Acc* const bias;  // padded to whole tiles; zeros where there is none
   const int64_t N;
 
   static void run(const void* context, const Acc* tile, int64_t row, int64_t col, int rows, int cols) {
     const auto& p = *static_cast<const ForwardEpilogue*>(context);
     constexpr int kCols = kTileCols<typename TileFor<T>::type>;
+    constexpr int L = kLanes<Acc>;
+    const bool whole = cols == kCols;  // else through a buffer, so that there is one copy of the activation
+    T y_buffer[kCols], z_buffer[kCols];
     for (int i = 0; i < rows; ++i) {
       const int64_t at = (row + i) * p.N + col;
-      for_registers<Acc>(cols, [&](int64_t j, auto load_some, auto store_some) {
-        const Vec<Acc> v = load(tile + i * kCols + j) + load_some(p.bias + col + j);
-        if (p.z) store_some(p.z + at + j, v);
-        store_some(p.y + at + j, Act<kActivation>::f(v));
-      });
+      T* const y = whole ? p.y + at : y_buffer;
+      T* const z = whole && p.z ? p.z + at : z_buffer;
+#pragma GCC unroll 2
+      for (int j = 0; j < kCols; j += L) {
+        const Vec<Acc> v = load(tile + i * kCols + j) + load(p.bias + col + j);
+        if (p.z) store(z + j, v);
+        store(y + j, Act<kActivation>::f(v));
+      }
+      if (whole) continue;
+      std::memcpy(p.y + at, y, size_t(cols) * sizeof(T));
+      if (p.z) std::memcpy(p.z + at, z, size_t(cols) * sizeof(T));
     }
   }
 };
@@ -50,20 +59,39 @@ struct StoreEpilogue {  // rounds the tile to the output
 
 constexpr int64_t kSumRows = 64;  // rows of one partial sum of db: fixed, so that the sum's order is
 
-// dz = dy act'(z) and the sums of its columns over each kSumRows rows, in one pass. dz is null for the identity, sums where nobody wants them.
+// A row of dz = dy act'(z), whole registers, and its sum onto the rows before it. dz may be null, and sum.
+template <int kActivation, class T>
+__attribute__((noinline)) void grad_preact_row(T* dz, Compute<T>* sum, const T* dy, const T* z, int64_t N, bool first) {
+  using Acc = Compute<T>;
+  for (int64_t j = 0; j < N; j += kLanes<Acc>) {
+    Vec<Acc> v = load(dy + j);
+    if constexpr (kActivation != kIdentity) v *= Act<kActivation>::df(load(z + j));
+    if (dz) store(dz + j, v);
+    if (sum) store(sum + j, first ? v : load(sum + j) + v);
+  }
+}
+
+// dz and the sums of its columns over each kSumRows rows (chunks, N), in one pass. dz is null for the identity, sums
+// where nobody wants them.
 template <int kActivation, class T>
 void grad_preact(T* dz, Compute<T>* sums, const T* dy, const T* z, int64_t M, int64_t N, const Host& host) {
   using Acc = Compute<T>;
+  constexpr int L = kLanes<Acc>;
+  const int64_t whole = N / L * L, rest = N - whole;
   parallel_for(host, ceil_div(M, kSumRows), [&](int64_t chunk, int) {
     const int64_t begin = chunk * kSumRows, end = begin + kSumRows < M ? begin + kSumRows : M;
     Acc* const sum = sums ? sums + chunk * N : nullptr;
-    for (int64_t i = begin; i < end; ++i)
-      for_registers<Acc>(N, [&](int64_t j, auto load, auto store) {
-        Vec<Acc> v = load(dy + i * N + j);
-        if constexpr (kActivation != kIdentity) v *= Act<kActivation>::df(load(z + i * N + j));
-        if (dz) store(dz + i * N + j, v);
-        if (sum) store(sum + j, i == begin ? v : load(sum + j) + v);
-      });
+    T dz_rest[L], dy_rest[L] = {}, z_rest[L] = {};  // the last columns, padded to a register
+    Acc sum_rest[L];
+    for (int64_t i = begin, at = begin * N; i < end; ++i, at += N) {
+      grad_preact_row<kActivation>(dz ? dz + at : nullptr, sum, dy + at, z + at, whole, i == begin);
+      if (!rest) continue;
+      std::memcpy(dy_rest, dy + at + whole, size_t(rest) * sizeof(T));
+      if (z) std::memcpy(z_rest, z + at + whole, size_t(rest) * sizeof(T));
+      grad_preact_row<kActivation>(dz_rest, sum_rest, dy_rest, z_rest, L, i == begin);
+      if (dz) std::memcpy(dz + at + whole, dz_rest, size_t(rest) * sizeof(T));
+    }
+    if (rest && sum) std::memcpy(sum + whole, sum_rest, size_t(rest) * sizeof(Acc));
   });
 }
 
@@ -85,8 +113,10 @@ void add_up(W* db, const Acc* sums, int64_t chunks, int64_t N, const Host& host)
 template <class T, class W>
 void linear_act_forward(const LinearActForward<T, W>& p, const Host& host) {
   using Acc = Compute<T>;
-  Acc* const bias = scratch<Acc>(host, p.N);
-  for (int64_t j = 0; j < p.N; ++j) bias[j] = p.b ? to_float(p.b[j]) : Acc(0);
+  constexpr int kCols = kTileCols<typename TileFor<T>::type>;
+  const int64_t padded = ceil_div(p.N, kCols) * kCols;
+  Acc* const bias = scratch<Acc>(host, padded);
+  for (int64_t j = 0; j < padded; ++j) bias[j] = p.b && j < p.N ? to_float(p.b[j]) : Acc(0);
   dispatch_activation(p.activation, [&](auto activation) {
     constexpr int size = sizeof(T);
     const ForwardEpilogue<T, activation.value> epilogue{p.y, p.z, bias, p.N};
