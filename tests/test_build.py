@@ -268,6 +268,7 @@ def test_torch_is_found_from_inside_build_isolation(clean, tmp_path, variable):
         clean.delenv(name, raising=False)
     clean.setattr(sys, "prefix", str(tmp_path / "isolated"))
     clean.setattr(setup, "prefixes_of_callers", lambda folder: [])
+    clean.setattr(setup, "ROOT", tmp_path / "isolated" / "checkout")  # this one may have a .venv, which would be found
     clean.setenv(variable, str({"PATH": folder / "bin", "PWD": tmp_path / "some/folder"}.get(variable, folder)))
     assert setup.find_torch() == package
 
