@@ -20,12 +20,13 @@ struct Operand {
   bool depth_major;  // false: depth is contiguous (x, and w in the forward); true: the outer dimension is
 };
 
-// What happens to a finished tile: rows x cols elements of C from (row, col) on, tile[i * kTileCols + j].
 struct Target {  // a row-major matrix
   void* data;    // or null
   int64_t row_bytes;
   int element_bytes;
 };
+
+// What happens to a finished tile: rows x cols elements of C from (row, col) on, tile[i * kTileCols + j].
 template <class Acc>
 struct Epilogue {
   void (*run)(const void* context, const Acc* tile, int64_t row, int64_t col, int rows, int cols);

@@ -84,7 +84,7 @@ void grad_preact(T* dz, Compute<T>* sums, const T* dy, const T* z, int64_t M, in
     T dz_rest[L], dy_rest[L] = {}, z_rest[L] = {};  // the last columns, padded to a register
     Acc sum_rest[L];
     for (int64_t i = begin, at = begin * N; i < end; ++i, at += N) {
-      grad_preact_row<kActivation>(dz ? dz + at : nullptr, sum, dy + at, z + at, whole, i == begin);
+      grad_preact_row<kActivation>(dz ? dz + at : nullptr, sum, dy + at, z ? z + at : nullptr, whole, i == begin);
       if (!rest) continue;
       std::memcpy(dy_rest, dy + at + whole, size_t(rest) * sizeof(T));
       if (z) std::memcpy(z_rest, z + at + whole, size_t(rest) * sizeof(T));
