@@ -1,11 +1,22 @@
 """Each op beside PyTorch's: time, share of the floor, memory, for every benchmark shape of its spec.
 
 The floor is the time at the machine's own FMA peak or at the bandwidth of a memory copy, whichever is longer, both
-measured in the same run. A row above 100 % fails the run.
+measured in the same run; a row above 100 % fails the run. "alone" is the time of our kernels, called again with results
+that are there already; "fastft" that of the whole op, its results new each time, on the kernel that `auto` chooses.
+
+``--grid`` measures the promise to be never slower instead: many sizes, the smallest among them, forward and
+forward+backward. A cell is slower than allowed above 1.03 x PyTorch's time, or above 10 us more where that is below
+100 us; one that seems so is measured again with five times the rounds, which decides.
+
+    python -m benchmarks.ops --op linear_act --shape 2048x --pass forward --pass "grad input" --pass "grad weight"
+    python -m benchmarks.ops --isa all --shape 2048x384
+    python -m benchmarks.ops --grid
 """
 
 import argparse
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
@@ -14,6 +25,11 @@ from fastft import _library
 from fastft.testing import OpSpec, Timed, all_specs
 from fastft.testing.measure import PASSES, Measurement, measure, paths
 from fastft.testing.timing import ROUNDS, BeatsPeak, Peaks
+
+SHOWN = ("forward", "train", "grad input", "grad weight")
+GRID_PASSES = ("forward", "train")
+GRID_ROUNDS, GRID_S = 15, 0.25  # of one cell, the fewer and the shorter of the two
+AGAIN = 5  # times as many for a cell that fails
 
 
 def main() -> int:
@@ -26,29 +42,27 @@ def main() -> int:
     for isa in _isas(options.isa):
         if isa != "none":
             _library.set_isa(isa)
-        peaks[isa] = Peaks(device=options.device)
-        measured = [
-            _measure(spec, index, getattr(torch, dtype), path, peaks[isa], options)
-            for spec in (specs[name] for name in options.op or specs)
-            for dtype in options.dtype or ("float32", "bfloat16")
-            for index, path in _cases(spec, options)
-        ]
+        peaks[isa] = Peaks(device=options.device, every=20 if options.grid else 2)
+        selected = [specs[name] for name in options.op or specs]
+        measured = list((_grid if options.grid else _table)(selected, peaks[isa], options))
         peaks[isa].finish()  # shares are of the whole run's peak
         for row in measured:
             try:
-                share, torch_share = row.shares(peaks[isa])
+                shares = row.shares(peaks[isa])
             except BeatsPeak as error:
-                share = torch_share = None
+                shares = dict.fromkeys(("alone", "fastft", "torch"))
                 failures.append(f"{_label(row)}: {error}")
-            rows.append({**row.as_dict(), "share": share, "torch_share": torch_share})
-    report.publish("ops", rows, {isa: p.as_dict() for isa, p in peaks.items()}, options)
+            rows.append({**row.as_dict(), "isa": isa, "slower": row.slower, "shares": shares})
+    report.publish("grid" if options.grid else "ops", rows, {isa: p.as_dict() for isa, p in peaks.items()}, options)
     for failure in failures:
         print(f"beats the peak: {failure}", file=sys.stderr)
     return 1 if failures else 0
 
 
 def _options(names: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.ops", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.ops", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--op", action="append", choices=names, help="only this op (repeatable)")
     parser.add_argument("--shape", default="", help="only samples whose name contains this, those of tests too")
     parser.add_argument(
@@ -56,6 +70,7 @@ def _options(names: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--dtype", action="append", choices=("float32", "bfloat16", "float64", "float16"))
     parser.add_argument("--isa", choices=("all", *_library.ISAS), help="this instruction set, or each one in turn")
+    parser.add_argument("--grid", action="store_true", help="measure where we are slower than PyTorch; minutes")
     parser.add_argument("--quick", action="store_true", help="five rounds, the first shape of each op")
     report.add_options(parser, ROUNDS)
     options = parser.parse_args()
@@ -70,23 +85,64 @@ def _isas(wanted: str | None) -> list[str]:
     return _library.isas() if wanted == "all" else [wanted or _library.isa()]
 
 
-def _cases(spec: OpSpec, options: argparse.Namespace) -> list[tuple[int, str]]:
+def _table(specs: list[OpSpec], peaks: Peaks, options: argparse.Namespace) -> Iterator[Measurement]:
+    for spec in specs:
+        for dtype in options.dtype or ("float32", "bfloat16"):
+            for index, path in _cases(spec, options, SHOWN):
+                row = measure(
+                    spec,
+                    index,
+                    getattr(torch, dtype),
+                    path,
+                    device=options.device,
+                    rounds=options.rounds,
+                    peaks=peaks,
+                )
+                _print(row)
+                yield row
+
+
+def _grid(specs: list[OpSpec], peaks: Peaks, options: argparse.Namespace) -> Iterator[Measurement]:
+    for spec in (replace(spec, samples=spec.grid) for spec in specs if spec.grid):
+        for dtype in options.dtype or ("float32", "bfloat16"):
+            for index, path in _cases(spec, options, GRID_PASSES):
+                for times in (1, AGAIN):
+                    row = measure(
+                        spec,
+                        index,
+                        getattr(torch, dtype),
+                        path,
+                        device=options.device,
+                        rounds=times * min(options.rounds, GRID_ROUNDS),
+                        peaks=peaks,
+                        budget_s=times * GRID_S,
+                        op_only=True,
+                    )
+                    if not row.slower:
+                        break
+                _print(row)
+                yield row
+
+
+def _cases(spec: OpSpec, options: argparse.Namespace, default: tuple[str, ...]) -> list[tuple[int, str]]:
     """(index of a sample, pass) of what the options select."""
     outline = list(enumerate(spec.outline()))
     if options.shape:
         chosen = [(i, sample) for i, sample in outline if options.shape in sample.why]
     else:
         chosen = [(i, sample) for i, sample in outline if isinstance(sample, Timed)]
-    wanted = options.path or PASSES
+    wanted = options.path or default
     return [(i, p) for i, sample in chosen[: 1 if options.quick else None] for p in paths(spec, sample) if p in wanted]
 
 
-def _measure(
-    spec: OpSpec, index: int, dtype: torch.dtype, path: str, peaks: Peaks, options: argparse.Namespace
-) -> Measurement:
-    row = measure(spec, index, dtype, path, device=options.device, rounds=options.rounds, peaks=peaks)
-    print(f"{_label(row)}: {row.fastft.median * 1e3:.4g} ms, {row.ratio.median:.2f} x torch", file=sys.stderr)
-    return row
+def _print(row: Measurement) -> None:
+    alone = f", kernel {row.alone.median * 1e3:.4g} ms" if row.alone else ""
+    mark = " SLOWER" if row.slower else ""
+    print(
+        f"{_label(row)}: {row.fastft.median * 1e3:.4g} ms{alone}, {row.ratio.median:.2f} x torch{mark}",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _label(row: Measurement) -> str:

@@ -8,7 +8,7 @@ the README's part from FOLDER.
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +58,16 @@ def write(folder: Path, benchmark: str) -> None:
 
 def render(results: Results) -> str:
     """Markdown: the table, and below it the conditions that its figures depend on."""
-    cells = TABLES[results["benchmark"]]
-    return table([cells(row) for row in results["rows"]]) + "\n" + _conditions(results) + "\n"
+    cells, rows = TABLES[results["benchmark"]], results["rows"]
+    if results["benchmark"] == "grid":
+        slower = [row for row in rows if row["slower"]]
+        return (
+            (table([cells(row) for row in slower]) if slower else "")
+            + _grid_summary(rows)
+            + _conditions(results)
+            + "\n"
+        )
+    return table([cells(row) for row in rows]) + "\n" + _conditions(results) + "\n"
 
 
 def table(rows: Sequence[Mapping[str, str]]) -> str:
@@ -85,10 +93,30 @@ def _ops_cells(row: Row) -> dict[str, str]:
         "fastft ms": _time(row["fastft"]),
         "torch ms": _time(row["torch"]),
         "x torch": _ratio(row["ratio"]),
-        "% of floor": _percent(row["share"]),
-        "torch's": _percent(row["torch_share"]),
+        "alone ms": _time(row["alone"]) if row["alone"] else "-",
+        "% of floor: alone": _percent(row["shares"]["alone"]),
+        "fastft": _percent(row["shares"]["fastft"]),
+        "torch": _percent(row["shares"]["torch"]),
         "kept MB": _pair(row["kept"]),
     }
+
+
+def _grid_cells(row: Row) -> dict[str, str]:
+    ours, theirs = row["fastft"]["median"], row["torch"]["median"]
+    cells = _ops_cells(row)
+    shown = {
+        name: cells[name] for name in ("op", "shape", "pass", "dtype", "kernel", "fastft ms", "torch ms", "x torch")
+    }
+    return {**shown, "us more": f"{(ours - theirs) * 1e6:.1f}"}
+
+
+def _grid_summary(rows: Sequence[Row]) -> str:
+    slower = sum(row["slower"] for row in rows)
+    ours = sum(row["kernel"] != "torch" for row in rows)
+    return (
+        f"\n{slower} of {len(rows)} cells are slower than allowed: above 1.03 x PyTorch's time, or above 10 us more "
+        f"where that is below 100 us. Our kernel ran in {ours} of them all, PyTorch's in {len(rows) - ours}.\n\n"
+    )
 
 
 def _step_cells(row: Row) -> dict[str, str]:
@@ -105,7 +133,7 @@ def _step_cells(row: Row) -> dict[str, str]:
     }
 
 
-TABLES = {"ops": _ops_cells, "step": _step_cells}
+TABLES = {"ops": _ops_cells, "grid": _grid_cells, "step": _step_cells}
 
 
 def _time(spread: Row) -> str:
@@ -151,9 +179,19 @@ def plot(results: Results, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    label = LABELS[results["benchmark"]]
     rows = [row for row in results["rows"] if row.get("provider") != "stock"]
-    figure, axes = pyplot.subplots(figsize=(8, 1.2 + 0.28 * len(rows)), layout="constrained")
+    if results["benchmark"] == "grid":
+        figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+        _grid_plot(axes, rows)
+    else:
+        figure, axes = pyplot.subplots(figsize=(8, 1.2 + 0.28 * len(rows)), layout="constrained")
+        _bars(axes, rows, LABELS[results["benchmark"]])
+    axes.set_title(results["conditions"]["cpu"], fontsize=9)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _bars(axes, rows: Sequence[Row], label: Callable[[Row], str]) -> None:
     ratios = [row["ratio"] for row in rows]
     medians = [ratio["median"] for ratio in ratios]
     spread = [[r["median"] - r["low"] for r in ratios], [r["high"] - r["median"] for r in ratios]]
@@ -164,9 +202,19 @@ def plot(results: Results, path: Path) -> None:
     axes.invert_yaxis()
     axes.tick_params(labelsize=8)
     axes.set_xlabel("times faster than PyTorch in the same run")
-    axes.set_title(results["conditions"]["cpu"], fontsize=9)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+
+
+def _grid_plot(axes, rows: Sequence[Row]) -> None:
+    """A dot per cell over PyTorch's time; those slower than allowed are red."""
+    for slower, color in ((False, "tab:blue"), (True, "tab:red")):
+        cells = [row for row in rows if row["slower"] == slower]
+        times, ratios = [row["torch"]["median"] for row in cells], [row["ratio"]["median"] for row in cells]
+        axes.scatter(
+            times, ratios, s=8, color=color, label=f"{len(cells)} {'slower than allowed' if slower else 'fine'}"
+        )
+    axes.axhline(1, color="black", linewidth=1)
+    axes.set(xscale="log", yscale="log", xlabel="PyTorch's time, s", ylabel="times faster than PyTorch in the same run")
+    axes.legend()
 
 
 LABELS = {

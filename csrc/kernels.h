@@ -37,6 +37,8 @@ struct LinearActForward {
   const W* b;  // (N) or null
   int64_t M, N, K;
   int activation;  // index in common/activation.h
+  const float* x32 =
+      nullptr;  // in place of x where the caller has it in fp32: rounded on its way in; CPU, T bf16, W float
 };
 
 // dz = dy act'(z), dx = dz w, dw = dz^T x, db = column sums of dz; each of the three outputs may be null.
@@ -51,6 +53,8 @@ struct LinearActBackward {
   const W* w;   // (N, K), may be null without dx
   int64_t M, N, K;
   int activation;
+  const float* x32 = nullptr;  // in place of x, and its gradient, as in the forward
+  float* dx32 = nullptr;
 };
 
 // What statistics of T are kept in.

@@ -16,6 +16,7 @@ _HOMES = {
     "Report": "models.report",
     "TextClassifier": "training.classifier",
     "finetune": "training.finetune",
+    "compare": "training.compare",
 }
 
 __all__ = ["__version__", *_SUBMODULES, *_HOMES]

@@ -38,10 +38,23 @@ def describe():
         "cuda_archs": build.get("archs", []),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "backend": os.environ.get("FASTFT_BACKEND", "auto"),
+        "choice": choice(),
         "compiler": build.get("compiler"),
         "nvcc": build.get("nvcc"),
         "oldest_gpu_driver": oldest_driver(build.get("nvcc")),
     }
+
+
+def choice():
+    """By what kernels are chosen on the CPU, in a few words: ``"facts measured here: 864"`` or ``"shipped rule"``."""
+    from fastft.functional import _choice, _tuning
+
+    if not _tuning.enabled():
+        return "shipped rule: FASTFT_TUNE is 0"
+    if _choice.in_group():
+        return "shipped rule: several processes work together"
+    count = len(_choice.facts_in_force().cells)
+    return f"facts measured here: {count}" if count else "shipped rule: nothing was measured here yet"
 
 
 def oldest_driver(nvcc):

@@ -97,10 +97,10 @@ def linear_act(kernels, suffix, activation, x, w, b, dy):
     T, W = DTYPES[suffix]
     M, K, N, index = *x.shape, len(w), activations.index(activation)
     y, z = (unwritten(M, N, dtype=T) for _ in "yz")
-    y, z, *_ = call(kernels, f"linear_act_forward_{suffix}", y, z, x, w, b, M, N, K, index)
+    y, z, *_ = call(kernels, f"linear_act_forward_{suffix}", y, z, x, w, b, M, N, K, index, None)
     dx, dw, db = unwritten(M, K, dtype=T), unwritten(N, K, dtype=W), unwritten(N, dtype=W)
     kept = None if activation == "identity" else z
-    dx, dw, db, *_ = call(kernels, f"linear_act_backward_{suffix}", dx, dw, db, dy, kept, x, w, M, N, K, index)
+    dx, dw, db, *_ = call(kernels, f"linear_act_backward_{suffix}", dx, dw, db, dy, kept, x, w, M, N, K, index, None, None)
     return {"y": y, "z": z, "dx": dx, "dw": dw, "db": db}
 
 
@@ -144,14 +144,29 @@ def test_linear_act_leaves_out_what_is_not_wanted(kernels):
     inputs = linear_act_inputs((6, 10, 9), DTYPES["f32"])
     x, w, dy = (inputs[name] for name in ("x", "w", "dy"))
     everything = linear_act(kernels, "f32", "gelu", x, w, np.zeros(10, np.float32), dy)
-    forward = unwritten(6, 10, dtype=np.float32), None, x, w, None, 6, 10, 9, activations.index("gelu")
+    forward = unwritten(6, 10, dtype=np.float32), None, x, w, None, 6, 10, 9, activations.index("gelu"), None
     np.testing.assert_array_equal(call(kernels, "linear_act_forward_f32", *forward)[0], everything["y"])
     for position, name in enumerate(("dx", "dw", "db")):
         outputs = [None, None, None]
         outputs[position] = np.full_like(everything[name], np.nan)
         needed = x if name == "dw" else None, w if name == "dx" else None
-        fields = *outputs, dy, everything["z"], *needed, 6, 10, 9, activations.index("gelu")
+        fields = *outputs, dy, everything["z"], *needed, 6, 10, 9, activations.index("gelu"), None, None
         np.testing.assert_array_equal(call(kernels, "linear_act_backward_f32", *fields)[position], everything[name])
+
+
+def test_linear_act_rounds_a_float32_input_on_its_way_in(kernels):
+    inputs = linear_act_inputs((31, 45, 19), DTYPES["bf16_f32"])
+    x, w, b, dy = inputs.values()
+    M, N, K, index = 31, 45, 19, activations.index("gelu")
+    rounded = linear_act(kernels, "bf16_f32", "gelu", **inputs)
+    x32, (y, z) = numbers(x, np.float32), (unwritten(M, N, dtype=BF16) for _ in "yz")
+    y, z, *_ = call(kernels, "linear_act_forward_bf16_f32", y, z, None, w, b, M, N, K, index, x32)
+    np.testing.assert_array_equal(y, rounded["y"])
+    dw, db, dx32 = unwritten(N, K, dtype=np.float32), unwritten(N, dtype=np.float32), unwritten(M, K, dtype=np.float32)
+    fields = None, dw, db, dy, z, None, w, M, N, K, index, x32, dx32
+    _, dw, db, *_, dx32 = call(kernels, "linear_act_backward_bf16_f32", *fields)
+    np.testing.assert_array_equal(dw, rounded["dw"])
+    np.testing.assert_array_equal(stored(dx32, BF16), rounded["dx"])
 
 
 # ---- cross_entropy: class indices, some of them ignored, or probabilities; weights, smoothing, a mean
@@ -265,7 +280,7 @@ import native, numpy
 kernels = native.kernels()
 kernels.set_isa(kernels.isas().split(",")[{0 if isa == "lowest" else -1}])
 x, w, y = (native.exactly(numpy.ones(shape, numpy.float32)) for shape in ((5, 7), (11, 7), (5, 11)))
-kernels.linear_act_forward_f32(y, None, x, w, native.exactly(numpy.ones(10, numpy.float32)), 5, 11, 7, 0)
+kernels.linear_act_forward_f32(y, None, x, w, native.exactly(numpy.ones(10, numpy.float32)), 5, 11, 7, 0, None)
 """
     done = sanitized("-c", code)
     assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr, done.stderr[-4000:]

@@ -35,7 +35,7 @@ def test_providers_take_turns_in_alternating_order():
     called = []
     runs = {name: lambda name=name: (called.append(name), time.sleep(0.001)) for name in "ab"}
     compare(runs, rounds=4, sample_s=1e-4)
-    assert "".join(called[2:]) == "abbaabba"  # the first two warm up
+    assert "".join(called[4:]) == "abbaabba"  # the first four warm up and count calls
 
 
 def test_short_calls_are_repeated_until_a_sample_is_long_enough():

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoTokenizer, BertConfig, BertModel
 
 import fastft
 from fastft.functional._choice import use_backend
-from fastft.training import checkpoint, data, metrics, tokens
+from fastft.training import checkpoint, data, tokens
 from fastft.training.classifier import TextClassifierConfig
 
 REVIEWS = make_reviews(300, seed=0)
@@ -226,89 +226,7 @@ def test_takes_a_classifier_of_another_number_of_classes(model, tmp_path):
     ]
 
 
-# ---- data
-
-
-def test_files_of_every_kind_give_the_same_examples(tmp_path):
-    texts, labels = (
-        ["plain", 'quotes "and", commas', "two\nlines", "tab\there", "Grüße 北京", "x" * 200_000],
-        ["a", "b"] * 3,
-    )
-    (tmp_path / "data.jsonl").write_text(
-        "\n\n".join(json.dumps({"label": label, "text": text}) for text, label in zip(texts, labels, strict=True))
-    )
-    for suffix, delimiter in data.DELIMITERS.items():
-        rows = [("label", "id", "text"), *((label, "7", text) for text, label in zip(texts, labels, strict=True))]
-        quoted = (delimiter.join('"' + field.replace('"', '""') + '"' for field in row) for row in rows)
-        (tmp_path / f"data{suffix}").write_text("\r\n".join(quoted) + "\r\n\r\n", encoding="utf-8-sig", newline="")
-    for suffix in data.SUFFIXES:
-        read = data.load(tmp_path / f"data{suffix}")
-        assert (read.texts, read.labels) == (texts, labels), suffix
-        assert read.fingerprint() == data.load((texts, labels)).fingerprint()
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.txt", b"", "a.txt ends in '.txt', a file ending in .csv, .tsv, .jsonl is needed"),
-        ("a.csv", b"", "a.csv is empty"),
-        ("a.csv", b"text,label\n", "a.csv: there are no examples in it"),
-        (
-            "a.csv",
-            b"review,label\na,b\n",
-            "a.csv has no column 'text', its header is ['review', 'label']: name it with",
-        ),
-        ("a.csv", b"text,label,text\n", "a.csv has 2 columns 'text'"),
-        ("a.csv", b"text,label\na,b\na\n", "a.csv, line 3: 1 fields, but the header has 2"),
-        ("a.csv", b"text,label\na,\n", "a.csv, line 2: the label is missing"),
-        ("a.csv", b'text,label\n"a,b\n', "a.csv, line 2: unexpected end of data"),
-        ("a.csv", b"text,label\n\xff,b\n", "a.csv is not UTF-8: it holds the byte 0xff"),
-        ("a.jsonl", b'{"text": "a", "label": 1}\n{"text"\n', "a.jsonl, line 2: not JSON: "),
-        ("a.jsonl", b"[1]\n", "a.jsonl, line 1: '[1]' is not a JSON object"),
-        ("a.jsonl", b'{"text": "a"}\n', "a.jsonl, line 1: no key 'label', its keys are ['text']: name it with"),
-        ("a.jsonl", b'{"text": null, "label": 1}\n', "a.jsonl, line 1: the text is None (NoneType), not a string"),
-    ],
-)
-def test_bad_files_are_named_with_the_line(tmp_path, monkeypatch, name, content, message):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises((ValueError, TypeError)) as caught:
-        data.load(name)
-    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
-
-
-def test_columns_are_taken_by_name(tmp_path):
-    (tmp_path / "a.tsv").write_text("stars\treview\n5\tgood\n1\tbad\n")
-    read = data.load(tmp_path / "a.tsv", text="review", label="stars")
-    assert (read.texts, read.labels) == (["good", "bad"], ["5", "1"])
-
-
-@pytest.mark.parametrize(
-    ("labels", "names"),
-    [
-        (np.array([10, 9, 1]), ["1", "9", "10"]),
-        ([True, False], ["False", "True"]),
-        ([2.0, 1.0], ["1", "2"]),
-        (["b", " a ", "10"], ["10", "a", "b"]),
-        (["01", "1"], ["01", "1"]),
-    ],
-)
-def test_label_names_are_sorted_and_strings(labels, names):
-    examples = data.load((["text"] * len(labels), labels))
-    assert data.label_names(examples.labels) == names
-
-
-def test_split_keeps_the_share_of_every_label():
-    labels = ["rare"] * 20 + ["common"] * 180
-    everything = data.load(([str(row) for row in range(200)], labels))
-    train_part, held_out = data.split(everything, 0.1, seed=3)
-    assert held_out.counts() == {"common": 18, "rare": 2} and train_part.counts() == {"common": 162, "rare": 18}
-    assert sorted(map(int, train_part.texts + held_out.texts)) == list(range(200))
-    assert data.split(everything, 0.1, seed=3)[1].texts == held_out.texts
-    assert data.split(everything, 0.1, seed=4)[1].texts != held_out.texts
-
-
-# ---- tokens and metrics
+# ---- tokens
 
 
 def test_long_texts_are_cut_and_counted(model):
@@ -339,13 +257,6 @@ def test_batches_depend_on_seed_and_epoch_only():
     batches = [[lengths[row] for row in first[start : start + 8]] for start in range(0, 500, 8)]
     padded = sum(max(batch) * len(batch) for batch in batches)
     assert padded < 1.1 * sum(lengths), "rows of a batch are of similar length"
-
-
-def test_metrics_of_a_class_that_is_never_predicted():
-    scores = metrics.classification(["a", "b", "c"], np.array([0, 0, 1, 2]), np.array([0, 1, 1, 1]))
-    assert scores["per_class"]["a"] == {"precision": 1.0, "recall": 0.5, "f1": 2 / 3, "support": 2}
-    assert scores["per_class"]["c"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 1}
-    assert scores["confusion"] == [[1, 1, 0], [0, 1, 0], [0, 1, 0]] and scores["accuracy"] == 0.5
 
 
 def test_full_disk_leaves_the_old_file(tmp_path, monkeypatch):

@@ -41,6 +41,17 @@ Pool& pool() {
 
 }  // namespace
 
+void advise_huge_pages(void* data, size_t bytes) {
+#ifdef MADV_HUGEPAGE
+  if (bytes < 2 * kPage) return;  // a page at least lies wholly inside
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage,
+                  end = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;
+  madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#else
+  (void)data, (void)bytes;
+#endif
+}
+
 HostLease::HostLease() {
   uint32_t threads = 1;
   torch_get_num_threads(&threads);

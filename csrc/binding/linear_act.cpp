@@ -4,19 +4,28 @@
 namespace fastft::binding {
 namespace {
 
+// Whether the kernel rounds a float32 input to T itself.
+template <class T, class W>
+bool takes_float(const Tensor& input) {
+  return std::is_same_v<T, bf16> && std::is_same_v<W, float> && !input.is_cuda() &&
+         input.scalar_type() == ScalarType::Float;
+}
+
 template <class T, class W>
 LinearActForward<T, W> forward_args(const Tensor& output, const std::optional<Tensor>& preact, const Tensor& input,
                                     const Tensor& weight, const std::optional<Tensor>& bias, int64_t activation) {
   const int64_t N = weight.size(0), K = weight.size(1), M = input.size(0);
-  return {pointer<T>(output, "output", {M, N}),
-          pointer<T>(preact, "preact", {M, N}),
-          pointer<const T>(input, "input", {M, K}),
+  const bool x32 = takes_float<T, W>(input);
+  return {fresh<T>(output, "output", {M, N}),
+          fresh<T>(preact, "preact", {M, N}),
+          x32 ? nullptr : pointer<const T>(input, "input", {M, K}),
           pointer<const W>(weight, "weight", {N, K}),
           pointer<const W>(bias, "bias", {N}),
           M,
           N,
           K,
-          int(activation)};
+          int(activation),
+          x32 ? pointer<const float>(input, "input", {M, K}) : nullptr};
 }
 
 template <class T, class W>
@@ -26,22 +35,25 @@ LinearActBackward<T, W> backward_args(const std::optional<Tensor>& grad_input, c
                                       int64_t activation) {
   const int64_t N = weight.size(0), K = weight.size(1), M = input.size(0);
   if (activation != 0 && !preact) refuse("preact", "is missing");
-  return {pointer<T>(grad_input, "grad_input", {M, K}),
-          pointer<W>(grad_weight, "grad_weight", {N, K}),
+  const bool x32 = takes_float<T, W>(input);
+  return {x32 ? nullptr : fresh<T>(grad_input, "grad_input", {M, K}),
+          fresh<W>(grad_weight, "grad_weight", {N, K}),
           pointer<W>(grad_bias, "grad_bias", {N}),
           pointer<const T>(grad_output, "grad_output", {M, N}),
           pointer<const T>(preact, "preact", {M, N}),
-          pointer<const T>(input, "input", {M, K}),
+          x32 ? nullptr : pointer<const T>(input, "input", {M, K}),
           pointer<const W>(weight, "weight", {N, K}),
           M,
           N,
           K,
-          int(activation)};
+          int(activation),
+          x32 ? pointer<const float>(input, "input", {M, K}) : nullptr,
+          x32 ? fresh<float>(grad_input, "grad_input", {M, K}) : nullptr};
 }
 
 void forward_cpu(Tensor output, std::optional<Tensor> preact, Tensor input, Tensor weight, std::optional<Tensor> bias,
                  int64_t activation) {
-  with_dtypes<false>(input.scalar_type(), weight.scalar_type(), [&](auto types) {
+  with_dtypes<false>(output.scalar_type(), weight.scalar_type(), [&](auto types) {
     using Y = decltype(types);
     HostLease host;
     cpu::kernels().linear_act_forward(
@@ -51,7 +63,7 @@ void forward_cpu(Tensor output, std::optional<Tensor> preact, Tensor input, Tens
 
 void backward_cpu(std::optional<Tensor> grad_input, std::optional<Tensor> grad_weight, std::optional<Tensor> grad_bias,
                   Tensor grad_output, std::optional<Tensor> preact, Tensor input, Tensor weight, int64_t activation) {
-  with_dtypes<false>(input.scalar_type(), weight.scalar_type(), [&](auto types) {
+  with_dtypes<false>(grad_output.scalar_type(), weight.scalar_type(), [&](auto types) {
     using Y = decltype(types);
     HostLease host;
     cpu::kernels().linear_act_backward(

@@ -74,6 +74,18 @@ T* pointer(const std::optional<Tensor>& tensor, const char* name, std::initializ
   return tensor ? pointer<T>(*tensor, name, shape) : nullptr;
 }
 
+// For what a kernel writes whole: huge pages where the memory is new, since a page fault costs more than the 4 KB it brings.
+void advise_huge_pages(void* data, size_t bytes);
+
+template <class T, class Maybe>
+T* fresh(const Maybe& tensor, const char* name, std::initializer_list<int64_t> shape) {
+  T* const data = pointer<T>(tensor, name, shape);
+  size_t bytes = sizeof(T);
+  for (int64_t size : shape) bytes *= size_t(size);
+  if (data) advise_huge_pages(data, bytes);
+  return data;
+}
+
 // Two types as a value: with_dtypes calls body(Types<T, W>{}) for the dtypes of activations and parameters.
 template <class A, class B>
 struct Types {

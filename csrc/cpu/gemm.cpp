@@ -11,6 +11,7 @@ constexpr int kDepthStride =
 constexpr int kPanelRows = (kTileRows + 7) / 8 * 8;    // row stride of a transposed block's panels
 constexpr int64_t kPackDepth = 128, kPackPanels = 16;  // a task of packing B reads runs of 16 panels' width
 constexpr int64_t kBlockTiles = 8, kBlockCols = 768;   // C of a task: at most 8 x 14 x 768 x 4 B = 344 KB of L2
+constexpr int kTasksPerThread = 8;                     // more are not needed for an even load
 
 // ---- conversion of stored elements to units
 
@@ -189,29 +190,27 @@ inline void prefetch_for_write(Target target, int64_t row, int64_t col, int rows
 }  // namespace
 
 Partition partition(int64_t M, int64_t N, int tile_rows, int tile_cols, int threads) {
-  Partition best{ceil_div(M, tile_rows), ceil_div(N, tile_cols), 1, 1};
-  // Time of the busiest thread in tiles, tasks going in order to whoever is free; copying a tile of A costs about a third of a panel's work (2 of 64
-  // elements against kTileCols), loading a panel of B about a sixth of a tile's.
+  Partition best{ceil_div(M, tile_rows), ceil_div(N, tile_cols), 1, 1}, tried = best;
+  const int64_t least_rows = ceil_div(best.tiles, kBlockTiles),
+                least_cols = ceil_div(best.panels, kBlockCols / tile_cols);
   double best_time = 1e300;
-  const int64_t max_tiles = best.tiles < kBlockTiles ? best.tiles : kBlockTiles;
-  const int64_t panels_of_block = kBlockCols / tile_cols,
-                max_panels = best.panels < panels_of_block ? best.panels : panels_of_block;
-  for (int64_t row_blocks = ceil_div(best.tiles, max_tiles), end = 4 * row_blocks;
-       row_blocks <= end && row_blocks <= best.tiles; ++row_blocks)
-    for (int64_t col_blocks = ceil_div(best.panels, max_panels); col_blocks <= best.panels; ++col_blocks) {
-      const int64_t block_tiles = ceil_div(best.tiles, row_blocks), block_panels = ceil_div(best.panels, col_blocks);
-      const int64_t tasks = ceil_div(best.tiles, block_tiles) * ceil_div(best.panels, block_panels);
-      const double task_time =
-          double(block_tiles) * double(block_panels) + 0.3 * double(block_tiles) + 0.15 * double(block_panels);
-      // Half a task more: what a thread waits for at the end, since cores differ in speed from moment to moment.
-      const double time = task_time * (double(ceil_div(tasks, threads)) + (threads > 1 ? 0.5 : 0.0));
-      if (time < best_time * 0.999) {
-        best_time = time;
-        best.block_tiles = block_tiles;
-        best.block_panels = block_panels;
-      }
-      if (col_blocks >= 16 * threads) break;
+  for (tried.col_blocks = least_cols; tried.col_blocks <= best.panels; ++tried.col_blocks) {
+    const int64_t enough = ceil_div(int64_t(kTasksPerThread) * threads, tried.col_blocks);
+    const int64_t most_rows = (enough > least_rows ? enough : least_rows) + threads;
+    for (tried.row_blocks = least_rows; tried.row_blocks <= best.tiles && tried.row_blocks <= most_rows;
+         ++tried.row_blocks) {
+      // Time of the busiest thread in tiles, tasks going in order to whoever is free: rounds of average tasks and a last one of the largest; half a task more
+      // is what a thread waits for at the end, since cores differ in speed from moment to moment. Copying a tile of A costs about a third of a panel's work
+      // (2 of 64 elements against kTileCols), loading a panel of B about a sixth of a tile's.
+      const auto task = [](double tiles, double panels) { return tiles * panels + 0.3 * tiles + 0.15 * panels; };
+      const double average =
+          task(double(best.tiles) / double(tried.row_blocks), double(best.panels) / double(tried.col_blocks));
+      const double largest = task(double(tried.block_tiles()), double(tried.block_panels()));
+      const double time = average * (double(ceil_div(tried.tasks(), threads) - 1) + (threads > 1 ? 0.5 : 0)) + largest;
+      if (time < best_time * 0.999) best_time = time, best = tried;
     }
+    if (tried.col_blocks * least_rows >= kTasksPerThread * threads) break;
+  }
   return best;
 }
 
@@ -242,17 +241,16 @@ void gemm(int64_t M, int64_t N, int64_t K, Operand<TA> a, Operand<TB> b,
       pack_transposed<Tile>(packed + panel * panel_size, b, K, col, int(cols), from, to);
   });
 
-  const int64_t c_size = part.block_tiles * part.block_panels * kTileRows * kCols,
-                a_size = part.block_tiles * tile_units + 64;
+  const int64_t c_size = part.block_tiles() * part.block_panels() * kTileRows * kCols,
+                a_size = part.block_tiles() * tile_units + 64;
   Acc* const c_all = scratch<Acc>(host, host.threads * c_size);
   Unit* const a_all = scratch<Unit>(host, host.threads * a_size);
-  parallel_for(host, part.row_blocks() * part.col_blocks(), [&](int64_t task, int worker) {
+  parallel_for(host, part.tasks(), [&](int64_t task, int worker) {
     Acc* const c = c_all + worker * c_size;
     Unit* const rows_of_a = a_all + worker * a_size;
-    const int64_t tile0 = task / part.col_blocks() * part.block_tiles,
-                  panel0 = task % part.col_blocks() * part.block_panels;
-    const int64_t tiles = part.tiles - tile0 < part.block_tiles ? part.tiles - tile0 : part.block_tiles;
-    const int64_t panels = part.panels - panel0 < part.block_panels ? part.panels - panel0 : part.block_panels;
+    const int64_t row_block = task / part.col_blocks, col_block = task % part.col_blocks;
+    const int64_t tile0 = part.first_tile(row_block), tiles = part.first_tile(row_block + 1) - tile0;
+    const int64_t panel0 = part.first_panel(col_block), panels = part.first_panel(col_block + 1) - panel0;
     const int64_t row0 = tile0 * kTileRows, rows = M - row0 < tiles * kTileRows ? M - row0 : tiles * kTileRows;
     int64_t from = 0;
     do {
@@ -290,6 +288,7 @@ void gemm(int64_t M, int64_t N, int64_t K, Operand<TA> a, Operand<TB> b,
 FASTFT_GEMM(float, float, float)
 FASTFT_GEMM(bf16, bf16, bf16)
 FASTFT_GEMM(bf16, bf16, float)
+FASTFT_GEMM(bf16, float, float)
 FASTFT_GEMM(double, double, double)
 
 }  // namespace FASTFT_NAMESPACE

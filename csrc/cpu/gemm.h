@@ -55,12 +55,15 @@ template <class T, class TA, class TB>
 void gemm(int64_t M, int64_t N, int64_t K, Operand<TA> a, Operand<TB> b,
           Epilogue<typename TileFor<T>::type::Acc> epilogue, const Host& host);
 
-// How C is cut into tasks: a grid of blocks of whole tiles.
+// How C is cut into tasks: a grid of row_blocks x col_blocks, each of whole tiles and as near to equal as whole tiles can be.
 struct Partition {
-  int64_t tiles, panels;              // of C: ceil(M / kTileRows), ceil(N / kTileCols)
-  int64_t block_tiles, block_panels;  // of one task, at most
-  int64_t row_blocks() const { return ceil_div(tiles, block_tiles); }
-  int64_t col_blocks() const { return ceil_div(panels, block_panels); }
+  int64_t tiles, panels;  // of C: ceil(M / kTileRows), ceil(N / kTileCols)
+  int64_t row_blocks, col_blocks;
+  int64_t tasks() const { return row_blocks * col_blocks; }
+  int64_t block_tiles() const { return ceil_div(tiles, row_blocks); }  // of a task, at most
+  int64_t block_panels() const { return ceil_div(panels, col_blocks); }
+  int64_t first_tile(int64_t row_block) const { return row_block * tiles / row_blocks; }
+  int64_t first_panel(int64_t col_block) const { return col_block * panels / col_blocks; }
 };
 Partition partition(int64_t M, int64_t N, int tile_rows, int tile_cols, int threads);
 

@@ -132,6 +132,73 @@ inline void store(bf16* p, Vec<float> v, int n) {
   store_half_bits(p, __builtin_convertvector(round_bf16(v) >> 16, HalfBits), n);
 }
 
+// ---- logits as they lie in memory: kLanes<T> of them, which widen to kParts registers of their Compute<T>. Of bf16, the
+// even ones are the first part and the odd ones the second: no lane moves, on no instruction set.
+template <int kBytes>
+struct WordOf;
+template <>
+struct WordOf<2> {
+  using type = uint16_t;
+};
+template <>
+struct WordOf<4> {
+  using type = uint32_t;
+};
+template <>
+struct WordOf<8> {
+  using type = uint64_t;
+};
+template <class T>
+using Words = Vec<typename WordOf<sizeof(T)>::type>;
+template <class T>
+constexpr int kParts = sizeof(Compute<T>) / sizeof(T);
+
+template <class T>
+inline Words<T> load_words(const T* p) {
+  Words<T> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class T>
+inline Vec<Compute<T>> part(Words<T> words, int i) {
+  if constexpr (kParts<T> == 1) {
+    return (Vec<Compute<T>>)words;
+  } else {
+    const Vec<uint32_t> pairs = (Vec<uint32_t>)words;
+    return (Vec<float>)(i == 0 ? pairs << 16 : pairs & 0xffff0000u);
+  }
+}
+// Rounds numbers (no NaN) to nearest; a tie, one result in 65536, goes away from zero.
+template <class T>
+inline Words<T> join(const Vec<Compute<T>> (&parts)[kParts<T>]) {
+  if constexpr (kParts<T> == 1) {
+    return (Words<T>)parts[0];
+  } else {
+    const Vec<uint32_t> even = (Vec<uint32_t>)parts[0] + 0x8000u, odd = (Vec<uint32_t>)parts[1] + 0x8000u;
+    return (Words<T>)((odd & 0xffff0000u) | (even >> 16));
+  }
+}
+
+// Past the caches, to an aligned address: memory that is written and not read need not be fetched. streamed() comes
+// after the last, before another thread may read.
+template <class T, class V>
+inline void stream(T* p, V v) {
+#if defined(FASTFT_ISA_AVX512) || defined(FASTFT_ISA_AVX512_BF16)
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
+#elif defined(FASTFT_ISA_AVX2)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)v);
+#elif defined(__SSE2__)
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)v);
+#else
+  std::memcpy(p, &v, sizeof v);
+#endif
+}
+inline void streamed() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
 // Calls body(j, load/store pair) over n elements: whole registers, then one partial register.
 //   for_lanes<T>(n, [&](int64_t j, auto load, auto store) { store(y + j, f(load(x + j))); });
 // Two copies of body; one copy with a branch in each load and store was 2x slower.

@@ -4,6 +4,8 @@
 //   forward   bias and activation on each tile while it is in L1; y and z are written once.
 //   backward  one pass makes dz and the sums of its columns (reads dy and z, writes dz: 3 M N sizeof(T)); identity needs no dz.
 // Products accumulate in fp32 (fp64 for fp64) and are rounded once, at the store; dz is rounded to T, as PyTorch's is.
+#include <type_traits>
+
 #include "activation.h"
 #include "gemm.h"
 
@@ -108,6 +110,22 @@ void add_up(W* db, const Acc* sums, int64_t chunks, int64_t N, const Host& host)
   });
 }
 
+template <class T>
+Operand<T> operand(const T* data, int64_t stride, bool depth_major) {
+  return {data, stride, depth_major};
+}
+
+template <class T, class W>
+constexpr bool kTakesFloat = sizeof(T) == 2 && sizeof(W) == 4;
+
+// Calls body with the input in the dtype that the caller has it in.
+template <class T, class W, class Args, class Body>
+void with_input(const Args& p, const Body& body) {
+  if constexpr (kTakesFloat<T, W>)
+    if (p.x32) return body(p.x32);
+  body(p.x);
+}
+
 }  // namespace
 
 template <class T, class W>
@@ -120,8 +138,10 @@ void linear_act_forward(const LinearActForward<T, W>& p, const Host& host) {
   dispatch_activation(p.activation, [&](auto activation) {
     constexpr int size = sizeof(T);
     const ForwardEpilogue<T, activation.value> epilogue{p.y, p.z, bias, p.N};
-    gemm<T>(p.M, p.N, p.K, Operand<T>{p.x, p.K, false}, Operand<W>{p.w, p.K, false},
-            {&epilogue.run, &epilogue, {{p.y, p.N * size, size}, {p.z, p.N * size, size}}}, host);
+    with_input<T, W>(p, [&](const auto* x) {
+      gemm<T>(p.M, p.N, p.K, operand(x, p.K, false), Operand<W>{p.w, p.K, false},
+              {&epilogue.run, &epilogue, {{p.y, p.N * size, size}, {p.z, p.N * size, size}}}, host);
+    });
   });
 }
 
@@ -137,15 +157,21 @@ void linear_act_backward(const LinearActBackward<T, W>& p, const Host& host) {
       grad_preact<activation.value, T>(made, sums, p.dy, p.z, p.M, p.N, host);
     });
   if (p.db) add_up(p.db, sums, chunks, p.N, host);
-  if (p.dx) {
-    const StoreEpilogue<T, T> epilogue{p.dx, p.K};
+  const auto grad_input = [&](auto* dx) {
+    using Out = std::remove_pointer_t<decltype(dx)>;
+    const StoreEpilogue<T, Out> epilogue{dx, p.K};
     gemm<T>(p.M, p.K, p.N, Operand<T>{dz, p.N, false}, Operand<W>{p.w, p.K, true},
-            {&epilogue.run, &epilogue, {{p.dx, p.K * int64_t(sizeof(T)), sizeof(T)}, {}}}, host);
-  }
+            {&epilogue.run, &epilogue, {{dx, p.K * int64_t(sizeof(Out)), sizeof(Out)}, {}}}, host);
+  };
+  if (p.dx) grad_input(p.dx);
+  if constexpr (kTakesFloat<T, W>)
+    if (p.dx32) grad_input(p.dx32);
   if (p.dw) {
     const StoreEpilogue<T, W> epilogue{p.dw, p.K};
-    gemm<T>(p.N, p.K, p.M, Operand<T>{dz, p.N, true}, Operand<T>{p.x, p.K, true},
-            {&epilogue.run, &epilogue, {{p.dw, p.K * int64_t(sizeof(W)), sizeof(W)}, {}}}, host);
+    with_input<T, W>(p, [&](const auto* x) {
+      gemm<T>(p.N, p.K, p.M, Operand<T>{dz, p.N, true}, operand(x, p.K, true),
+              {&epilogue.run, &epilogue, {{p.dw, p.K * int64_t(sizeof(W)), sizeof(W)}, {}}}, host);
+    });
   }
 }
 

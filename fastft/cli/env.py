@@ -14,8 +14,9 @@ def env(as_json: bool = typer.Option(False, "--json", help="One JSON object inst
     from rich.table import Table
 
     from fastft.environment import describe
+    from fastft.functional import _tuning
 
-    facts = describe()
+    facts = {**describe(), "tuning_file": str(_tuning.path())}
     if as_json:
         typer.echo(json.dumps(facts, indent=1))
         return
@@ -38,6 +39,8 @@ def rows(facts):
         yield "instruction set", facts["isa"]
         yield "can run", ", ".join(facts["isas"])
         yield "holds", ", ".join(facts["isas_held"])
+        yield "kernels chosen by", facts["choice"]
+        yield "measured facts", facts["tuning_file"]
     else:
         yield "native kernels", f"none, PyTorch's run instead: {facts['native_why_not']}"
     if facts["cuda"]:

@@ -1,4 +1,4 @@
-"""Which kernel runs: ours, or PyTorch's and why."""
+"""Which kernel runs: ours, or PyTorch's and why; by what was measured on this machine, or by the rule of each op."""
 
 import contextlib
 import os
@@ -6,6 +6,7 @@ import os
 import torch
 
 from fastft import _library
+from fastft.functional import _tuning
 
 BACKENDS = ("auto", "torch", "fastft")
 
@@ -53,6 +54,98 @@ def runs(op, why_not, slower=False):
         raise RuntimeError(f"FASTFT_BACKEND=fastft, but {op} would run on PyTorch: {why_not}")
     return False
 
+
+# ---- facts that were measured
+
+_used = None  # Facts of use_facts, in force whatever the file says
+_bf16 = None  # what the kernels were told last
+_launched_as_group = os.environ.get("WORLD_SIZE", "") not in ("", "0", "1")  # torchrun's
+
+
+def slower(op, device, dtype, train, sizes, shipped):
+    """Whether PyTorch's kernel is the faster one: as was measured on this machine, else as ``shipped`` says.
+
+    Under ``torch.compile`` as shipped: a look-up by sizes would compile anew for each of them.
+
+    Args:
+        op: name of the public function.
+        device: "cpu", "cuda", …
+        dtype: that is computed in.
+        train: whether a backward follows.
+        sizes: of the op, rows first.
+        shipped: what the op's own rule says.
+    """
+    if torch.compiler.is_compiling():
+        return shipped
+    cell = measured(op, device, dtype, train, sizes)
+    return shipped if cell is None else cell.runs == "torch"
+
+
+def measured(op, device, dtype, train, sizes):
+    """The :class:`fastft.functional._tuning.Cell` that decides a call, described as for :func:`slower`; None: none."""
+    table = facts_in_force(device).table
+    return table.get(_tuning.key(op, dtype, train, *sizes)) if table else None
+
+
+def facts_in_force(device="cpu"):
+    """The :class:`fastft.functional._tuning.Facts` that choose kernels now, on torch's present number of threads.
+
+    None in a group of processes, which may not share a file and have to agree, unless :func:`use_facts` gave some.
+    """
+    if _used is not None:
+        found = _used
+    elif device not in ("cpu", "cuda") or in_group():
+        found = _NOTHING
+    else:
+        found = _tuning.load(device, torch.get_num_threads() if device == "cpu" else 0)
+    if device == "cpu" and found.bf16 != _bf16:
+        _apply_bf16(found.bf16)
+    return found
+
+
+_NOTHING = _tuning.Facts()
+
+
+def facts():
+    """The facts that choose the CPU's kernels now, for JSON: what a checkpoint carries. Empty: the shipped rule."""
+    return facts_in_force().as_dict()
+
+
+@contextlib.contextmanager
+def use_facts(stored):
+    """Within the block, what :func:`facts` returned once chooses kernels, whatever this machine's file says.
+
+    Raises: ValueError: ``use_facts: these are no facts of fastft's: …``
+    """
+    global _used
+    try:
+        given = _tuning.Facts.parse(stored)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"use_facts: these are no facts of fastft's: {type(error).__name__}: {error}") from error
+    before, _used = _used, given
+    try:
+        yield
+    finally:
+        _used = before
+
+
+def in_group():
+    """Whether several processes work together, or were launched to."""
+    if _launched_as_group:
+        return True
+    group = torch.distributed
+    return group.is_available() and group.is_initialized() and group.get_world_size() > 1
+
+
+def _apply_bf16(how):
+    """Tells the kernels how to multiply bfloat16: "dot", "widen", or None for what they do unasked."""
+    global _bf16
+    _bf16 = how
+    if hasattr(torch.ops.fastft, "set_bf16"):
+        torch.ops.fastft.set_bf16(how or "auto")
+
+
+# ---- what our kernels can take
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _DTYPES = {

@@ -31,17 +31,23 @@ def linear_act(input, weight, bias=None, activation="gelu"):
     """
     name = activations.resolve(activation)
     cast = _check(input, weight, bias)
-    why_not = _choice.unsupported(input if cast is None else input.new_empty(0, dtype=cast), weight, bias)
-    if not _choice.runs("linear_act", why_not, why_not is None and _slower(input, weight)):
+    # The cheap question first: where PyTorch's kernel is faster, calls are short.
+    if _choice.backend() == "auto" and _slower(input, weight, bias, cast):
         return reference(input, weight, bias, name)
+    why_not = _choice.unsupported(input if cast is None else input.new_empty(0, dtype=cast), weight, bias)
+    if not _choice.runs("linear_act", why_not):
+        return reference(input, weight, bias, name)
+    dtype = cast or input.dtype
     if cast is not None:
-        input = input.to(cast)
-        if weight.dtype != torch.float32 or (bias is not None and bias.dtype != torch.float32):
+        masters = weight.dtype == torch.float32 and (bias is None or bias.dtype == torch.float32)
+        if not masters:
             weight, bias = weight.to(cast), None if bias is None else bias.to(cast)
+        if not (masters and _rounds_input(input, cast)):
+            input = input.to(cast)
     index = activations.index(name)
     if _autograd.needs_grad(input, weight, bias):
-        return _LinearAct.apply(input, weight, bias, index)
-    return _forward(input, weight, bias, index, keep=False)[0]
+        return _LinearAct.apply(input, weight, bias, index, dtype)
+    return _forward(input, weight, bias, index, dtype, keep=False)[0]
 
 
 def reference(input, weight, bias, activation):
@@ -78,24 +84,37 @@ def _check(input, weight, bias):
     return cast
 
 
-def _slower(input, weight):
-    """The shipped rule: with few rows or few outputs packing the weight costs more than the product, and on CUDA our
-    product does without tensor cores."""
+def _rounds_input(input, cast):
+    """Whether the kernel itself rounds ``input`` to ``cast``, and gives it a gradient that is not rounded."""
+    return input.is_cpu and input.dtype == torch.float32 and cast == torch.bfloat16
+
+
+def _slower(input, weight, bias, cast):
     N, K = weight.shape
     M = input.numel() // K if K else 0
-    return input.device.type == "cuda" or M < 64 or N < 64 or K < 64
+    device = "cpu" if input.is_cpu else input.device.type
+    train = _autograd.needs_grad(input, weight, bias)
+    return _choice.slower("linear_act", device, cast or input.dtype, train, (M, K, N), shipped_rule(device, M, K, N))
+
+
+def shipped_rule(device, M, K, N):
+    """Whether PyTorch's is faster on most machines: with few rows or few outputs packing the weight costs more than the
+    product, and on CUDA our product does without tensor cores."""
+    return device == "cuda" or M < 64 or N < 64 or K < 64
 
 
 def _rows(tensor, size):
     return tensor.reshape(tensor.numel() // size if size else tensor.shape[:-1].numel(), size).contiguous()
 
 
-def _forward(input, weight, bias, activation, keep):
+def _forward(input, weight, bias, activation, dtype, keep):
     """The output, and the pre-activation if the backward will need it."""
     N, K = weight.shape
     rows = _rows(input, K)
-    output = input.new_empty((*input.shape[:-1], N))  # no view of another tensor: callers may change it in place
-    preact = input.new_empty((rows.shape[0], N)) if keep and activation else None
+    output = input.new_empty(
+        (*input.shape[:-1], N), dtype=dtype
+    )  # no view of another tensor: callers may change it in place
+    preact = input.new_empty((rows.shape[0], N), dtype=dtype) if keep and activation else None
     torch.ops.fastft.linear_act_forward(
         output.view(rows.shape[0], N),
         preact,
@@ -122,9 +141,9 @@ def _backward(activation, preact, wanted, grad_output, input, weight, bias):
 
 class _LinearAct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, input, weight, bias, activation):
-        output, preact = _forward(input, weight, bias, activation, keep=True)
-        ctx.activation = activation
+    def forward(ctx, input, weight, bias, activation, dtype):
+        output, preact = _forward(input, weight, bias, activation, dtype, keep=True)
+        ctx.activation, ctx.dtype = activation, dtype
         ctx.save_for_backward(input, weight, bias, preact)
         return output
 
@@ -134,5 +153,6 @@ class _LinearAct(torch.autograd.Function):
         kernel = functools.partial(_backward, ctx.activation, preact, ctx.needs_input_grad[:3])
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             name = activations.NAMES[ctx.activation]
-            return *_autograd.Backward.apply(kernel, lambda *t: reference(*t, name), grad_output, *tensors), None
-        return *kernel(grad_output, *tensors), None
+            composition = lambda input, *parameters: reference(input.to(ctx.dtype), *parameters, name)  # noqa: E731
+            return *_autograd.Backward.apply(kernel, composition, grad_output, *tensors), None, None
+        return *kernel(grad_output, *tensors), None, None

@@ -3,6 +3,7 @@
 import torch
 
 from fastft.models.swap import Swapped, is_sharded, known_base, replaced, replacement
+from fastft.testing import tune
 
 DTYPES = ("auto", torch.bfloat16, torch.float32)
 
@@ -13,7 +14,8 @@ def optimize(model, *, dtype="auto"):
     Only the classes of modules change, each to a subclass of the same name: parameters, ``state_dict``, saving and
     loading stay as they are. :func:`fastft.report` tells what runs where, :func:`restore` undoes it. Call it before
     anything wraps the model (``fully_shard``, ``Trainer(bf16=True)``, accelerate); calling it again takes in what was
-    added since, and the new ``dtype``.
+    added since, and the new ``dtype``. The first call on a machine takes a few seconds more to find out which kernels
+    are faster there (FASTFT_TUNE=0 leaves it to the shipped rule).
 
     Args:
         model: any torch.nn.Module. BertModel, BertForSequenceClassification and TextClassifier are known as a whole; of
@@ -46,6 +48,7 @@ def optimize(model, *, dtype="auto"):
         vars(module).pop("_fastft_dtype", None)
         if compute is not None:
             module._fastft_dtype = compute
+    tune.first_time(model)
     return model
 
 

@@ -7,16 +7,19 @@ import torch
 from transformers import PreTrainedModel
 
 from fastft.functional import _choice
+from fastft.functional.linear_act import shipped_rule as linear_act_rule
 from fastft.models.optimize import check_module, obstacles, sharded_modules
 from fastft.models.swap import Swapped, adapter, known_base, replacement
 
 NOT_REPLACED = "fastft has no replacement for it"
+TYPICAL_ROWS = 2048  # 16 sequences of 128 tokens
 
 
 def report(model):
     """What runs in each module of ``model``, as it is now, that computes something itself.
 
-    A call that is too small to gain from our kernel takes PyTorch's all the same (``FASTFT_BACKEND=auto``).
+    A call that is too small to gain from our kernel takes PyTorch's all the same (``FASTFT_BACKEND=auto``). A module is
+    said to be PyTorch's where that was measured on this machine to be faster for a batch of usual size, too.
 
     Returns: a :class:`Report`; it prints as a table.
     Raises: TypeError: ``report: model must be a torch.nn.Module, got str``
@@ -106,7 +109,19 @@ def _why_not(module, is_sharded):
     parts = [part for name in module._fastft_parts if isinstance(part := getattr(module, name), torch.nn.Module)]
     tensors = [tensor for owner in (module, *parts) for tensor in owner.parameters(recurse=False)]
     tensors = [] if is_sharded else tensors  # between calls they are DTensors, in the forward plain ones
-    return module._fastft_why_not() or _choice.unsupported(*tensors)
+    return module._fastft_why_not() or _choice.unsupported(*tensors) or _why_slower(module, parts)
+
+
+def _why_slower(module, parts):
+    """A sentence if the module's linear layer runs on PyTorch's kernel because of what was measured, else None."""
+    layers = [layer for layer in (module, *parts) if isinstance(layer, torch.nn.Linear)]
+    for layer in layers if _choice.backend() == "auto" else ():
+        dtype = layer.weight.dtype if module._fastft_dtype is None else module._fastft_dtype
+        sizes = (TYPICAL_ROWS, layer.in_features, layer.out_features)
+        cell = _choice.measured("linear_act", layer.weight.device.type, dtype, layer.weight.requires_grad, sizes)
+        if cell is not None and cell.runs == "torch" and not linear_act_rule(layer.weight.device.type, *sizes):
+            return f"PyTorch's was measured to be faster here: {cell.torch_us:.0f} us, ours {cell.fastft_us:.0f}"
+    return None
 
 
 def _calls_ours(module):

@@ -279,7 +279,7 @@ def run_model(
     device = next(model.parameters()).device.type
     with torch.autocast(device, autocast or torch.bfloat16, enabled=autocast is not None):
         output = model(**inputs)
-    parameters = dict(model.named_parameters())
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     grads = torch.autograd.grad(output.loss, list(parameters.values()), allow_unused=True)
     results = {"loss": output.loss, "logits": output.logits}
     return results | {f"grad {name}": grad for name, grad in zip(parameters, grads, strict=True) if grad is not None}

@@ -1,15 +1,24 @@
-"""One sample of an op, ours beside PyTorch's, timed and put beside its floor."""
+"""One sample of an op, ours beside PyTorch's, timed and put beside its floor.
 
+Two times of ours: of the op as it is called, which may run PyTorch's kernel and always allocates its results, and of
+our kernels alone, into the same results again and again, which is what the floor is for.
+"""
+
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
 
 from fastft import _library
+from fastft.functional import _choice
 from fastft.testing.spec import KernelCalls, OpSpec, Sample
 from fastft.testing.timing import ROUNDS, Peaks, Spread, compare, kept_for_backward
 
 PASSES = ("forward", "backward", "train")  # without autograd; gradients alone; forward and backward
+
+# What "never slower" allows: a ratio where PyTorch needs 100 us, below that the cost of a check.
+SHORT_S, SHORT_MORE_S, LONG_RATIO = 100e-6, 10e-6, 1.03
 
 
 @dataclass(frozen=True)
@@ -24,15 +33,26 @@ class Measurement:
     fastft: Spread
     torch: Spread
     ratio: Spread  # times faster than torch
+    alone: Spread | None  # our kernels' time; None where they cannot run
     flops: float
     bytes: float
     kept: tuple[int, int] | None  # for the backward, by fastft and by torch
 
-    def shares(self, peaks: Peaks) -> tuple[float | None, float | None]:
-        """Of the floor, by fastft and by torch; BeatsPeak if one is above 1."""
+    @property
+    def slower(self) -> bool:
+        """Whether fastft breaks its promise to be never slower than PyTorch, as far as this measurement tells."""
+        if self.torch.median < SHORT_S:
+            return self.fastft.median > self.torch.median + SHORT_MORE_S
+        return self.ratio.median < 1 / LONG_RATIO
+
+    def shares(self, peaks: Peaks) -> dict[str, float | None]:
+        """Of the floor, by our kernels alone, by fastft and by torch; BeatsPeak if one is above 1."""
         work = self.flops, self.bytes
-        ours = peaks.share(*work, self.fastft.median, self.dtype, pytorch=self.kernel == "torch")
-        return ours, peaks.share(*work, self.torch.median, self.dtype, pytorch=True)
+        return {
+            "alone": self.alone and peaks.share(*work, self.alone.median, self.dtype),
+            "fastft": peaks.share(*work, self.fastft.median, self.dtype, pytorch=self.kernel == "torch"),
+            "torch": peaks.share(*work, self.torch.median, self.dtype, pytorch=True),
+        }
 
     def as_dict(self) -> dict:
         """For JSON."""
@@ -48,13 +68,16 @@ def measure(
     device: str = "cpu",
     rounds: int = ROUNDS,
     peaks: Peaks | None = None,
+    budget_s: float = math.inf,
+    op_only: bool = False,
 ) -> Measurement:
     """Times one pass of sample number ``index`` of an op.
 
     Args:
         path: "forward" (no autograd), "backward" (all gradients), "train" (both), or "grad <argument>" (that gradient).
-        rounds: see :func:`fastft.testing.timing.compare`.
+        rounds, budget_s: see :func:`fastft.testing.timing.compare`.
         peaks: measured meanwhile.
+        op_only: neither our kernels alone nor memory.
     Raises: ValueError: ``linear_act has no gradient of 'x' in 'no bias', only of input, weight``
     """
     sample = spec.sample(index, dtype, device)
@@ -65,7 +88,9 @@ def measure(
     }
     with KernelCalls() as ours:
         runs["fastft"]()
-    times = compare(runs, rounds=rounds, peaks=peaks, device=device)
+    if not op_only and (alone := _alone(spec, sample, wanted, path)):
+        runs["alone"] = alone
+    times = compare(runs, rounds=rounds, peaks=peaks, device=device, budget_s=budget_s)
     flops, nbytes = _work(spec, sample, wanted, path, dtype.itemsize)
     return Measurement(
         op=spec.name,
@@ -76,9 +101,10 @@ def measure(
         fastft=times["fastft"],
         torch=times["torch"],
         ratio=times.ratio("fastft", "torch"),
+        alone=times["alone"] if "alone" in runs else None,
         flops=flops,
         bytes=nbytes,
-        kept=_kept(spec, sample, wanted) if path == "train" else None,
+        kept=_kept(spec, sample, wanted) if path == "train" and not op_only else None,
     )
 
 
@@ -115,6 +141,26 @@ def _run(function: Callable, spec: OpSpec, sample: Sample, wanted: tuple[str, ..
     if path == "train":
         return lambda: torch.autograd.grad(function(**arguments), leaves, grad_output)
     return lambda: torch.autograd.grad(output, leaves, grad_output, retain_graph=True)
+
+
+def _alone(spec: OpSpec, sample: Sample, wanted: tuple[str, ...], path: str) -> Callable[[], object] | None:
+    """Our kernels of a pass, called again with the tensors of their first call; None where they cannot run."""
+    with _choice.use_backend("fastft"):
+        try:
+            run = _run(spec.op, spec, sample, wanted, path)
+            with KernelCalls(keep_arguments=True) as kernels:
+                run()
+        except RuntimeError as error:
+            if str(error).startswith("FASTFT_BACKEND=fastft"):
+                return None
+            raise
+    calls = [(op, args) for op, args, _ in kernels.calls]
+
+    def again() -> None:
+        for op, args in calls:
+            op(*args)
+
+    return again
 
 
 def _work(spec: OpSpec, sample: Sample, wanted: tuple[str, ...], path: str, size: int) -> tuple[float, float]:

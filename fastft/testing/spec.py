@@ -75,6 +75,7 @@ class OpSpec:
     gradients: Mapping[str, Callable[..., float]] = field(default_factory=dict)  # differentiable argument -> its FLOPs
     backward_bytes: Callable[..., float] = lambda *_: 0.0  # that all gradients together must move
     dtypes: tuple[torch.dtype, ...] = FLOATS
+    grid: Callable[..., Iterator[Sample]] | None = None  # (t, rows=…): sizes where it must never be slower; not tested
     name: str = ""  # the op's, unless given
 
     def __post_init__(self) -> None:
@@ -151,7 +152,7 @@ class KernelCalls(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func.namespace == "fastft":
+        if func.namespace == "fastft" and func._schema.is_mutable:  # all kernels write into what they are given
             kept = tree_map_only(torch.Tensor, torch.clone, (args, kwargs)) if self._keep else ((), {})
             self.calls.append((func, *kept))
         return func(*args, **kwargs)

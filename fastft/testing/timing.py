@@ -10,6 +10,7 @@
 
 import datetime
 import gc
+import itertools
 import math
 import os
 import re
@@ -30,6 +31,7 @@ Run = Callable[[], Any]
 
 SAMPLE_S = 2e-3  # shorter calls are repeated until a sample takes this long
 ROUNDS = 21
+LEAST_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,8 @@ def compare(
     peaks: "Peaks | None" = None,
     device: torch.device | str = "cpu",
     sample_s: float = SAMPLE_S,
+    budget_s: float = math.inf,
+    each_round: Callable[[int], None] | None = None,
 ) -> Comparison:
     """Times the providers in turns, one sample of each per round, in alternating order.
 
@@ -83,6 +87,8 @@ def compare(
         peaks: measured between the rounds, so that they see the same machine.
         device: CUDA's is synchronised around a sample.
         sample_s: a sample repeats its call until it takes about this long.
+        budget_s: fewer rounds, but not less than three, where they take longer than this.
+        each_round: called with the number of a round before it, after the calls that warm up.
     """
     wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else _nothing
     calls = {name: _calls(run, wait, sample_s) for name, run in providers.items()}
@@ -90,7 +96,12 @@ def compare(
     collecting = gc.isenabled()
     gc.disable()  # as timeit does: a collection would hit one provider or the other
     try:
+        start = time.perf_counter()
         for turn in range(rounds):
+            if turn >= LEAST_ROUNDS and time.perf_counter() - start > budget_s:
+                break
+            if each_round is not None:
+                each_round(turn)
             if peaks is not None:
                 peaks.between_rounds()
             for name in list(providers)[:: 1 if turn % 2 == 0 else -1]:
@@ -108,7 +119,8 @@ def _nothing() -> None:
 
 
 def _calls(run: Run, wait: Run, sample_s: float) -> int:
-    """Calls per sample; warms up."""
+    """Calls per sample; warms up, so that what a first call prepares does not count."""
+    run()
     calls = 1
     while (seconds := _time(run, calls, wait) * calls) < sample_s:
         calls = min(10 * calls, math.ceil(calls * 1.2 * sample_s / max(seconds, 1e-7)))
@@ -122,6 +134,34 @@ def _time(run: Run, calls: int, wait: Run) -> float:
         run()
     wait()
     return (time.perf_counter() - start) / calls
+
+
+class Laps:
+    """Splits one call into phases: ``laps("forward")`` ends the phase of that name, which began where the last ended.
+
+    On CUDA by events, which make nothing wait.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self._cuda = torch.device(device).type == "cuda"
+        self._marks: list[tuple[str, Any]] = [("", self._now())]
+
+    def __call__(self, name: str) -> None:
+        self._marks.append((name, self._now()))
+
+    def seconds(self) -> dict[str, float]:
+        """Of each phase by name; on CUDA after the work is done."""
+        pairs = itertools.pairwise(self._marks)
+        if self._cuda:
+            return {name: start.elapsed_time(end) / 1e3 for (_, start), (name, end) in pairs}
+        return {name: end - start for (_, start), (name, end) in pairs}
+
+    def _now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
 
 class BeatsPeak(AssertionError):

@@ -1,17 +1,14 @@
-"""Checkpoints in and out: a classifier from a pre-trained encoder, and the folder that a run leaves behind.
-
-A file is written under another name and renamed, so no reader ever sees half of one.
-"""
+"""Checkpoints in and out: a classifier from a pre-trained encoder, and the files that every library can load."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
-import tempfile
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import (
@@ -24,9 +21,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from fastft.training import files
 from fastft.training.classifier import TextClassifier, TextClassifierConfig
 
-HEADS = ("pooler", "cls")
 # What the architectures call their dropout probabilities.
 DROPOUTS = (
     *("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"),
@@ -60,11 +57,10 @@ def load_classifier(
     Returns: (tokenizer, model, names of the parameters that start at random).
     Raises: ValueError: nothing to load there, or weights of the encoder itself are missing in it.
     """
-    try:
-        config = AutoConfig.from_pretrained(name)
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model={str(name)!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    place = {"trust_remote_code": False}  # never on by default, and never asked for on the terminal
+    with _loading(name):
+        config = AutoConfig.from_pretrained(name, **place)
+        tokenizer = AutoTokenizer.from_pretrained(name, **place)
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: index for index, label in enumerate(labels)}
     config.problem_type = "single_label_classification"
@@ -73,9 +69,10 @@ def load_classifier(
     if head == "pooler" and isinstance(config, TextClassifierConfig):
         raise ValueError(f"model={str(name)!r} is a TextClassifier, which has no pooler: pass head='cls'")
     model_class = TextClassifier if head == "cls" else AutoModelForSequenceClassification
-    model, loaded = model_class.from_pretrained(
-        name, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
-    )
+    with _loading(name):
+        model, loaded = model_class.from_pretrained(
+            name, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **place
+        )
     fresh = sorted(loaded["missing_keys"] | {key for key, *_ in loaded["mismatched_keys"]})
     lost = [key for key in fresh if key.startswith(f"{model.base_model_prefix}.") and ".pooler." not in key]
     if lost:
@@ -86,6 +83,17 @@ def load_classifier(
     return tokenizer, model, fresh
 
 
+@contextlib.contextmanager
+def _loading(name: str | os.PathLike) -> Iterator[None]:
+    """Whatever transformers, tokenizers and safetensors raise about the checkpoint ``name``, in one sentence."""
+    try:
+        with transformers_quiet():
+            yield
+    except Exception as error:  # tokenizers raises nothing more specific
+        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ValueError(f"model={str(name)!r} cannot be loaded: {first}") from error
+
+
 def set_dropout(config: PreTrainedConfig, dropout: float) -> None:
     """Sets every dropout probability that ``config`` has, whatever its architecture calls them."""
     for part in (config, *(getattr(config, name) for name in config.sub_configs)):
@@ -94,38 +102,35 @@ def set_dropout(config: PreTrainedConfig, dropout: float) -> None:
                 setattr(part, key, dropout)
 
 
-def prepare_folder(output: str | os.PathLike, overwrite: bool) -> Path:
-    """Creates the folder ``output``.
+def fingerprint(model: PreTrainedModel) -> str:
+    """SHA-256 over configuration and weights: two runs with the same fingerprint started from the same model."""
+    config = {key: value for key, value in model.config.to_dict().items() if key not in ("_name_or_path", "dtype")}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, tensor in weights(model).items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
-    Raises: FileExistsError: it is a file, or a folder that is not empty and ``overwrite`` is false.
-    """
-    folder = Path(output)
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"output={str(output)!r} is a file, not a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise FileExistsError(f"output={str(output)!r} is not empty: name another folder or pass overwrite=True")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and saved buffers by name, a shared one once."""
+    saved = model.state_dict(keep_vars=True)
+    once = {id(tensor): name for name, tensor in reversed(saved.items())}
+    return {name: saved[name] for name in sorted(once.values())}
 
 
 def save_classifier(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Writes weights, configuration and tokenizer as transformers does; files of other names stay."""
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as new:
-        model.save_pretrained(new)
-        tokenizer.save_pretrained(new)
-        for path in sorted(Path(new).iterdir()):
+    new = folder / ".unfinished-model"
+    shutil.rmtree(new, ignore_errors=True)  # of a run that was killed here
+    new.mkdir()
+    try:
+        with transformers_quiet():
+            model.save_pretrained(new)
+            tokenizer.save_pretrained(new)
+        for path in sorted(new.iterdir()):
+            files.sync(path)
             path.replace(folder / path.name)
-
-
-def write_json(path: Path, content: Any) -> None:
-    _write(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_json_lines(path: Path, records: Sequence[Any]) -> None:
-    _write(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
-
-
-def _write(path: Path, content: str) -> None:
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(content, encoding="utf-8")
-    unfinished.replace(path)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    files.sync(folder)

@@ -1,40 +1,56 @@
-"""Labelled texts, from memory or from a CSV, TSV or JSONL file, and their stratified split.
+"""Labelled texts, from memory, from a CSV, TSV or JSONL file or from a folder, and their stratified split.
 
 Every message names the file and the line, or the argument and the row, and the value found there.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import math
-import operator
-import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-DELIMITERS = {".csv": ",", ".tsv": "\t"}
-SUFFIXES = (*DELIMITERS, ".jsonl")
+from fastft.training import columns, readers
+from fastft.training.readers import shown, shown_list
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Texts and the names of their labels, one each, and where they came from."""
+    """Texts and the names of their labels, one each, and where they came from.
+
+    Attributes:
+        texts; labels: none if only texts were asked for.
+        source: the path, or the name of the argument.
+        columns: where texts and labels stood in it, for people.
+        places: of each example the line or row on which it begins, or the path of its file.
+        unit: what a number in ``places`` counts, "line" or "row".
+    """
 
     texts: list[str]
     labels: list[str]
     source: str
+    columns: str = ""
+    places: Sequence[int | str] = ()
+    unit: str = "row"
 
     def __len__(self) -> int:
         return len(self.texts)
 
     def take(self, rows: Iterable[int]) -> Examples:
         rows = list(rows)
-        return Examples([self.texts[i] for i in rows], [self.labels[i] for i in rows], self.source)
+
+        def of(values: Sequence) -> list:
+            return [values[row] for row in rows] if values else []
+
+        return Examples(of(self.texts), of(self.labels), self.source, self.columns, of(self.places), self.unit)
+
+    def place(self, row: int) -> str:
+        """Where the example stands, for a message."""
+        return _place(self.source, self.unit, self.places[row] if self.places else row)
 
     def counts(self) -> dict[str, int]:
         """How often each label occurs, in the order of :func:`label_names`."""
@@ -49,35 +65,49 @@ class Examples:
         return digest.hexdigest()
 
 
-def load(data: Any, text: str | None = None, label: str | None = None, argument: str = "data") -> Examples:
-    """Reads ``data``: a path to a CSV, TSV or JSONL file, or a pair ``(texts, labels)``.
+def load(
+    data: Any,
+    text: str | None = None,
+    label: str | None = None,
+    argument: str = "data",
+    *,
+    labels: bool = True,
+    encoding: str = "utf-8",
+) -> Examples:
+    """Reads ``data``: a path, or a pair ``(texts, labels)``.
 
     Args:
-        data: the path, or two equally long sequences: strings, and labels that are strings, integers or booleans.
-        text, label: the columns (CSV, TSV, with a header line) or keys (JSONL) to read; "text" and "label" when None.
+        data: path of a CSV or TSV file with a header line, of a JSONL file, or of a folder with one sub-folder per
+            class and one text in each file; or two equally long sequences: strings, and labels that are strings,
+            integers or booleans.
+        text, label: the columns (or keys) to read; None finds them by their names, else by what is in them.
         argument: what the messages call a pair.
+        labels: whether to read labels; if not, ``data`` may also be a sequence of texts, or a folder of any shape.
+        encoding: of the files.
     Raises: ValueError, TypeError, OSError: one sentence with the place and the value.
     """
     if isinstance(data, (str, Path)):
         path = Path(data)
-        rows = _file_rows(path, text or "text", label or "label")
         source = str(path)
-    elif isinstance(data, (tuple, list)) and len(data) == 2:
-        if text is not None or label is not None:
-            raise ValueError(f"{argument}: text={text!r}, label={label!r} name columns of a file, not of a pair")
-        rows = _pair_rows(*(list(part) for part in data), argument)
-        source = argument
+        where, unit, rows = _from_path(path, text, label, labels, encoding)
     else:
-        raise TypeError(f"{argument} is a {type(data).__name__}; a path or a pair (texts, labels) is needed")
-    texts, labels = [], []
+        source, where, unit, rows = argument, "", "row", _from_memory(data, text, label, labels, argument)
+    texts: list[str] = []
+    names: list[str] = []
+    places: list[int | str] = []
     for place, one_text, one_label in rows:
         if not isinstance(one_text, str):
-            raise TypeError(f"{place}: the text is {one_text!r} ({type(one_text).__name__}), not a string")
+            kind = type(one_text).__name__
+            raise TypeError(f"{_place(source, unit, place)}: the text is {shown(one_text)} ({kind}), not a string")
         texts.append(one_text)
-        labels.append(_label_name(one_label, place))
+        places.append(place)
+        if labels:
+            names.append(_label_name(one_label, source, unit, place))
     if not texts:
         raise ValueError(f"{source}: there are no examples in it")
-    return Examples(texts, labels, source)
+    if not any(map(str.strip, texts)):
+        raise ValueError(f"{source}: all of its {len(texts)} texts are empty" + (f" ({where})" if where else ""))
+    return Examples(texts, names, source, where, places, unit)
 
 
 def label_names(labels: Iterable[str]) -> list[str]:
@@ -89,104 +119,127 @@ def label_names(labels: Iterable[str]) -> list[str]:
         return sorted(names)
 
 
+def check_classes(examples: Examples) -> None:
+    """Raises: ValueError: the labels of ``examples`` are not such that a classifier could be trained on them."""
+    counts = examples.counts()
+    if len(examples) == 1:
+        raise ValueError(f"{examples.place(0)} is the only example, two of each of two labels are needed")
+    if len(counts) == 1:
+        raise ValueError(f"{examples.source}: every label is {next(iter(counts))!r}, two different ones are needed")
+    if len(counts) == len(examples) > 2:
+        where = f" ({examples.columns})" if examples.columns else ""
+        raise ValueError(
+            f"{examples.source}: each of the {len(examples)} examples has a label of its own, {shown_list(counts)}: "
+            f"that is no class, name the column with the labels with label=COLUMN{where}"
+        )
+
+
+def require_known(examples: Examples, names: Iterable[str], owner: str) -> None:
+    """Raises: ValueError: a label of ``examples`` is none of ``names``, those that ``owner`` has."""
+    known = dict.fromkeys(names)
+    for row, name in enumerate(examples.labels):
+        if name not in known:
+            raise ValueError(
+                f"{examples.place(row)}: the label {shown(name)} is none that {owner} has: {shown_list(known)}"
+            )
+
+
 def split(examples: Examples, share: float, seed: int) -> tuple[Examples, Examples]:
     """Splits into (training, validation) with the same share of every label; the same seed gives the same split.
 
-    Raises: ValueError: when a label has one example only, or ``share`` leaves either part fewer rows than labels.
+    Raises: ValueError: as :func:`check_classes`; a label has one example only; ``share`` leaves either part fewer rows
+        than labels.
     """
-    from sklearn.model_selection import train_test_split
-
+    check_classes(examples)
     counts = examples.counts()
     for name, count in counts.items():
         if count < 2:
-            raise ValueError(f"{examples.source}: the label {name!r} has one example, a split needs at least two")
+            place = examples.place(examples.labels.index(name))
+            raise ValueError(
+                f"{examples.source}: the label {name!r} has one example, a split needs at least two ({place})"
+            )
     rows = math.ceil(share * len(examples))
     if not len(counts) <= rows <= len(examples) - len(counts):
         raise ValueError(
             f"validation_share={share} puts {rows} of {len(examples)} examples aside, but each part needs one of "
             f"each of the {len(counts)} labels"
         )
+    from sklearn.model_selection import train_test_split  # takes a second, and a wrong file should be told at once
+
     train, validation = train_test_split(
         range(len(examples)), test_size=rows, stratify=examples.labels, random_state=seed
     )
     return examples.take(train), examples.take(validation)
 
 
-def _label_name(value: Any, place: str) -> str:
+def _place(source: str, unit: str, place: int | str) -> str:
+    return place if isinstance(place, str) else f"{source}, {unit} {place}"
+
+
+def _label_name(value: Any, source: str, unit: str, place: int | str) -> str:
     value = value.item() if hasattr(value, "item") else value
     if isinstance(value, str):
         value = value.strip()
     if isinstance(value, float) and value.is_integer():  # a column of integers that pandas turned into floats
         value = int(value)
     if value is None or value == "" or value != value:
-        raise ValueError(f"{place}: the label is missing")
+        raise ValueError(f"{_place(source, unit, place)}: the label is missing")
     if not isinstance(value, (str, int)):
-        raise TypeError(f"{place}: the label is {value!r} ({type(value).__name__}), not a string, integer or boolean")
-    return str(value)
+        kind = type(value).__name__
+        raise TypeError(
+            f"{_place(source, unit, place)}: the label is {shown(value)} ({kind}), not a string, integer or boolean"
+        )
+    name = str(value)
+    if not name.isascii() and any("\ud800" <= character <= "\udfff" for character in name):
+        raise ValueError(f"{_place(source, unit, place)}: the label {shown(name)} holds half a character")
+    return name
 
 
-def _pair_rows(texts: list, labels: list, argument: str) -> Iterator[tuple[str, Any, Any]]:
-    if len(texts) != len(labels):
-        raise ValueError(f"{argument}: {len(texts)} texts, but {len(labels)} labels")
-    for row, pair in enumerate(zip(texts, labels, strict=True)):
-        yield f"{argument}, row {row}", *pair
+def _from_memory(
+    data: Any, text: str | None, label: str | None, labels: bool, argument: str
+) -> Iterator[tuple[int, Any, Any]]:
+    if text is not None or label is not None:
+        raise ValueError(f"{argument}: text={text!r}, label={label!r} name columns of a file, not of a pair")
+    if not labels:
+        if not isinstance(data, Iterable) or isinstance(data, (bytes, dict)):
+            raise TypeError(f"{argument} is a {type(data).__name__}; a path or a sequence of texts is needed")
+        for row, one_text in enumerate(data):
+            yield row, one_text, None
+        return
+    if not isinstance(data, (tuple, list)) or len(data) != 2:
+        raise TypeError(f"{argument} is a {type(data).__name__}; a path or a pair (texts, labels) is needed")
+    texts, names = (list(part) for part in data)
+    if len(texts) != len(names):
+        raise ValueError(f"{argument}: {len(texts)} texts, but {len(names)} labels")
+    for row, (one_text, name) in enumerate(zip(texts, names, strict=True)):
+        yield row, one_text, name
 
 
-def _file_rows(path: Path, text: str, label: str) -> Iterator[tuple[str, Any, Any]]:
-    suffix = path.suffix.lower()
+def _from_path(
+    path: Path, text: str | None, label: str | None, labels: bool, encoding: str
+) -> tuple[str, str, Iterator[tuple[int | str, Any, Any]]]:
+    """(where texts and labels stand, what a place counts, the rows)."""
     if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder, a file ending in {', '.join(SUFFIXES)} is needed")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
-    if suffix not in SUFFIXES:
-        raise ValueError(f"{path} ends in {suffix!r}, a file ending in {', '.join(SUFFIXES)} is needed")
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as lines:
-            if suffix == ".jsonl":
-                yield from _json_rows(path, lines, text, label)
-            else:
-                yield from _table_rows(path, lines, DELIMITERS[suffix], text, label)
-    except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        raise ValueError(f"{path} is not UTF-8: it holds the byte 0x{byte:02x}") from error
+        if text is not None or label is not None:
+            raise ValueError(f"{path}: text={text!r}, label={label!r} name columns of a file, but this is a folder")
+        if labels:
+            return "one sub-folder per class, one text per file", "file", readers.folder(path, encoding)
+        texts = readers.folder_texts(path, encoding)
+        return "one text per file", "file", ((place, content, None) for place, content in texts)
+    readers.check_file(path)
+    if next(readers.records(path, encoding), None) is None:  # nothing in which columns could be found
+        raise ValueError(f"{path}: there are no examples in it")
+    names = readers.columns(path, encoding)
+    text, label = columns.find(
+        str(path), names, lambda: columns.survey(names, readers.records(path, encoding)), text, label, labels
+    )
+    where = f"text column {text!r}" + (f", label column {label!r}" if labels else "")
+    return where, "line", _records(path, encoding, text, label)
 
 
-def _table_rows(path: Path, lines: Iterable[str], delimiter: str, text: str, label: str) -> Iterator[tuple]:
-    limit = csv.field_size_limit(sys.maxsize)  # texts longer than the default of 128 KiB are fine
-    try:
-        reader = csv.reader(lines, delimiter=delimiter, strict=True)
-        header = next(reader, None)
-        if header is None:
-            raise ValueError(f"{path} is empty")
-        for column in (text, label):
-            if header.count(column) != 1:
-                found = "no column" if column not in header else f"{header.count(column)} columns"
-                raise ValueError(f"{path} has {found} {column!r}, its header is {header}: name it with text= or label=")
-        pick = operator.itemgetter(header.index(text), header.index(label))
-        for fields in filter(None, reader):  # an empty line is no row
-            if len(fields) != len(header):
-                raise ValueError(
-                    f"{path}, line {reader.line_num}: {len(fields)} fields, but the header has {len(header)}"
-                )
-            yield f"{path}, line {reader.line_num}", *pick(fields)
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
-    finally:
-        csv.field_size_limit(limit)
-
-
-def _json_rows(path: Path, lines: Iterable[str], text: str, label: str) -> Iterator[tuple]:
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        place = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{place}: not JSON: {error.msg} at column {error.colno}") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{place}: {line.strip()[:40]!r} is not a JSON object")
-        for key in (text, label):
-            if key not in row:
-                raise ValueError(f"{place}: no key {key!r}, its keys are {list(row)}: name it with text= or label=")
-        yield place, row[text], row[label]
+def _records(path: Path, encoding: str, text: str, label: str | None) -> Iterator[tuple[int, Any, Any]]:
+    for line, record in readers.records(path, encoding):
+        for key in filter(None, (text, label)):
+            if key not in record:  # in JSONL only
+                raise ValueError(f"{path}, line {line}: no key {key!r}, its keys are {shown_list(record)}")
+        yield line, record[text], None if label is None else record[label]

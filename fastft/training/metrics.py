@@ -7,28 +7,39 @@ from typing import Any
 
 import numpy as np
 
+SCORES = ("precision", "recall", "f1")
+
 
 def classification(names: Sequence[str], targets: np.ndarray, predictions: np.ndarray) -> dict[str, Any]:
     """Accuracy, precision, recall and F1 of ``predictions`` (rows,) against ``targets`` (rows,), class indices.
 
-    Returns: ``accuracy``; ``precision``, ``recall``, ``f1``, each the macro average over the classes; ``weighted``, the
-    same three weighted by the number of examples; ``per_class`` by name, with that number as ``support``; and
-    ``confusion``, rows for the true class, columns for the predicted one. A class never predicted has precision 0.
+    Precision is TP / (TP + FP), recall TP / (TP + FN), F1 their harmonic mean; 0 where the denominator is 0, as for a
+    class that is never predicted.
+
+    Returns: ``accuracy``; ``precision``, ``recall``, ``f1``, which are those of ``macro``, the averages over the
+    classes; ``weighted``, weighted by the number of examples; ``per_class`` by name, with that number as ``support``;
+    and ``confusion_matrix``, rows for the true class, columns for the predicted one.
     """
-    from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+    from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_fscore_support
 
     classes = list(range(len(names)))
-    keys = ("precision", "recall", "f1", "support")
 
-    def scores(average: str | None) -> dict[str, Any]:
-        values = precision_recall_fscore_support(targets, predictions, labels=classes, average=average, zero_division=0)
-        return dict(zip(keys, values, strict=True))
+    def scores(average: str | None) -> list[Any]:
+        return precision_recall_fscore_support(targets, predictions, labels=classes, average=average, zero_division=0)
 
-    per_class = scores(None)
+    def mean(average: str) -> dict[str, float]:
+        return dict(zip(SCORES, map(float, scores(average)[:3]), strict=True))
+
+    per_class = zip(*(values.tolist() for values in scores(None)), strict=True)
+    macro = mean("macro")
     return {
-        "accuracy": float(np.mean(targets == predictions)),
-        **{key: float(scores("macro")[key]) for key in keys[:3]},
-        "weighted": {key: float(scores("weighted")[key]) for key in keys[:3]},
-        "per_class": {name: {key: per_class[key][i].item() for key in keys} for i, name in enumerate(names)},
-        "confusion": confusion_matrix(targets, predictions, labels=classes).tolist(),
+        "accuracy": float(accuracy_score(targets, predictions)),
+        **macro,
+        "macro": macro,
+        "weighted": mean("weighted"),
+        "per_class": {
+            name: dict(zip((*SCORES, "support"), values, strict=True))
+            for name, values in zip(names, per_class, strict=True)
+        },
+        "confusion_matrix": confusion_matrix(targets, predictions, labels=classes).tolist(),
     }

@@ -9,6 +9,8 @@ import numpy as np
 
 from fastft.training.result import FinetuneResult
 
+LONGEST_NAME = 24  # characters of a class's name beside a confusion matrix
+
 
 def learning_curves(path: Path, runs: Mapping[str, FinetuneResult]) -> None:
     """Writes a PNG with the loss (left) and the accuracy (right) of each named run by epoch.
@@ -36,6 +38,39 @@ def learning_curves(path: Path, runs: Mapping[str, FinetuneResult]) -> None:
         axes.legend()
     accuracy_axes.xaxis.get_major_locator().set_params(integer=True)
     figure.savefig(path, dpi=120)
+
+
+def confusion_matrix(path: Path, names: Sequence[str], counts: Sequence[Sequence[int]]) -> None:
+    """Writes a PNG of ``counts`` (C, C), rows for the true class; colours are shares of a row, the diagonal recall.
+
+    Up to 30 classes every count is written into its field, beyond that the picture shows where the mistakes are.
+    """
+    from matplotlib.figure import Figure
+
+    counts, classes = np.asarray(counts), len(names)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    field = max(0.14, min(0.6, 12 / classes))  # inches; 0.14 has room for names of 7 points
+    side = 2.5 + field * classes
+    points = min(10.0, 0.7 * 72 * field)
+    figure = Figure(figsize=(side + 0.6, side), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(image, fraction=0.04, label="share of the true class")
+    axes.set(xlabel="predicted", ylabel="true", title=f"{np.trace(counts):,} of {counts.sum():,} right")
+    shown = [_plain(name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…") for name in names]
+    axes.set_xticks(range(classes), shown, rotation=90, fontsize=points)
+    axes.set_yticks(range(classes), shown, fontsize=points)
+    if classes <= 30:
+        digits = len(str(counts.max()))
+        size = min(points, 0.9 * 72 * field / (0.6 * digits))  # a digit is 0.6 of its size wide
+        for (row, column), count in np.ndenumerate(counts):
+            color = "white" if shares[row, column] > 0.5 else "black" if count else "lightgrey"
+            axes.text(column, row, str(count), ha="center", va="center", color=color, fontsize=size)
+    figure.savefig(path, dpi=120)
+
+
+def _plain(name: str) -> str:
+    return name.replace("$", r"\$")  # matplotlib would take it for a formula
 
 
 def _running_mean(values: Sequence[float], window: int) -> np.ndarray:

@@ -6,6 +6,7 @@ import math
 import operator
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -26,7 +27,6 @@ class Meter:
     def reset(self) -> None:
         self.losses: list[float] = []  # of every step that has been read
         self._unread: list[torch.Tensor] = []
-        self._sum = 0.0
         self._sizes: list[int] = []
         self._correct: torch.Tensor | int = 0
 
@@ -39,21 +39,29 @@ class Meter:
     def read(self) -> tuple[float, float]:
         """(mean loss, accuracy) over all examples added since the last reset."""
         if self._unread:
-            new = torch.stack(self._unread).tolist()
-            self._sum += sum(map(operator.mul, new, self._sizes[len(self.losses) :]))
-            self.losses += new
+            self.losses += torch.stack(self._unread).tolist()
             self._unread.clear()
-        return self._sum / sum(self._sizes), int(self._correct) / sum(self._sizes)
+        examples = sum(self._sizes)
+        return math.fsum(map(operator.mul, self.losses, self._sizes)) / examples, int(self._correct) / examples
+
+    def state(self) -> dict[str, Any]:
+        return {"losses": self.losses, "sizes": self._sizes, "correct": int(self._correct)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.reset()
+        self.losses, self._sizes, self._correct = list(state["losses"]), list(state["sizes"]), state["correct"]
 
 
 class EpochProgress(TrainerCallback):
     """Draws the progress of a Trainer on ``console`` and keeps the history. A context manager: leaving it ends the bar.
 
+    Where the console is no terminal there is no bar, but a line at the end of each epoch.
+
     Attributes:
         meter: to be fed at every training step.
         history: per epoch ``epoch``, ``loss``, ``accuracy``, ``seconds``, ``learning_rate``, ``validation_loss``,
             ``validation_accuracy``, ``validation_seconds``; ``on_epoch`` is called with it after each validation.
-        step_losses: the training loss of every step.
+        step_losses: the training loss of every step of these epochs.
     """
 
     def __init__(self, console: Console, epochs: int, on_epoch: Callable[[list[dict[str, float]]], None]):
@@ -63,6 +71,7 @@ class EpochProgress(TrainerCallback):
         self._bar: Progress | None = None
         self._indent = 0
         self._started = self._refreshed = 0.0
+        self._resumed: dict[str, Any] | None = None
 
     def __enter__(self) -> EpochProgress:
         return self
@@ -70,8 +79,39 @@ class EpochProgress(TrainerCallback):
     def __exit__(self, *error: object) -> None:
         self._close()
 
+    def state(self) -> dict[str, Any]:
+        """What :meth:`restore` needs, in the middle of an epoch or after its validation; ready for JSON."""
+        running = self._bar is not None
+        return {
+            "history": self.history,
+            "step_losses": self.step_losses,
+            "epoch": {**self.meter.state(), "seconds": time.perf_counter() - self._started} if running else None,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.history, self.step_losses = list(state["history"]), list(state["step_losses"])
+        self._resumed = state["epoch"]
+
+    def read(self, learning_rate: float) -> tuple[float, float]:
+        """(mean loss, accuracy) of the epoch so far.
+
+        Raises: FloatingPointError: the loss is no longer finite.
+        """
+        loss, accuracy = self.meter.read()
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"finetune: the training loss became {loss} in epoch {len(self.history) + 1}: "
+                f"lower learning_rate (it is {learning_rate})"
+            )
+        return loss, accuracy
+
     def on_epoch_begin(self, args, state, control, **kwargs):
-        self.meter.reset()
+        resumed, self._resumed = self._resumed, None
+        if resumed is None:
+            self.meter.reset()
+        else:
+            self.meter.restore(resumed)
+        terminal = self.console.is_terminal and not self.console.is_dumb_terminal
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=BAR_WIDTH),
@@ -79,24 +119,31 @@ class EpochProgress(TrainerCallback):
             _TimeColumn(),
             TextColumn("{task.fields[scores]}"),
             console=self.console,
+            disable=not (terminal or self.console.is_jupyter),
         )
         title, steps = f"Epoch {len(self.history) + 1}/{self.epochs}", math.ceil(state.max_steps / self.epochs)
-        self._bar.add_task(title, total=steps, scores="")
-        self._indent = len(f"{title} {steps}/{steps} ") + BAR_WIDTH  # puts the validation's scores below the training's
+        self._bar.add_task(title, total=steps, completed=len(self.meter.losses), scores="")
+        width = BAR_WIDTH + 1 if not self._bar.disable else 0
+        self._indent = len(f"{title} {steps}/{steps}") + width  # puts the validation's scores below the training's
         self._bar.start()
-        self._started = self._refreshed = time.perf_counter()
+        self._refreshed = time.perf_counter()
+        self._started = self._refreshed - (resumed["seconds"] if resumed else 0.0)
 
     def on_step_end(self, args, state, control, **kwargs):
         task = self._bar.tasks[0]
         if time.perf_counter() - self._refreshed > REFRESH_SECONDS:
-            self._bar.update(task.id, scores=_scores(*self._read(args)))
+            self._bar.update(task.id, scores=_scores(*self.read(args.learning_rate)))
             self._refreshed = time.perf_counter()
         self._bar.advance(task.id)
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        loss, accuracy = self._read(args)
+        loss, accuracy = self.read(args.learning_rate)
         seconds = time.perf_counter() - self._started
-        self._bar.update(self._bar.tasks[0].id, scores=_scores(loss, accuracy))
+        task = self._bar.tasks[0]
+        self._bar.update(task.id, scores=_scores(loss, accuracy))
+        if self._bar.disable:
+            steps = f"{len(self.meter.losses)}/{len(self.meter.losses)}"
+            self._print(f"{task.description} {steps} {_clock(seconds):>5} {_scores(loss, accuracy)}")
         self._close()
         self.step_losses += self.meter.losses
         record = {"epoch": len(self.history) + 1, "loss": loss, "accuracy": accuracy, "seconds": seconds}
@@ -108,18 +155,11 @@ class EpochProgress(TrainerCallback):
         record["validation_accuracy"] = metrics["eval_accuracy"]
         record["validation_seconds"] = metrics["eval_runtime"]
         scores = _scores(record["validation_loss"], record["validation_accuracy"])
-        line = f"{'validation':>{self._indent}} {_clock(record['validation_seconds']):>5} {scores}"
-        self.console.print(line, highlight=False)
+        self._print(f"{'validation':>{self._indent}} {_clock(record['validation_seconds']):>5} {scores}")
         self.on_epoch(self.history)
 
-    def _read(self, args) -> tuple[float, float]:
-        loss, accuracy = self.meter.read()
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"finetune: the training loss became {loss} in epoch {len(self.history) + 1}: "
-                f"lower learning_rate (it is {args.learning_rate})"
-            )
-        return loss, accuracy
+    def _print(self, line: str) -> None:
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def _close(self) -> None:
         if self._bar is not None:

@@ -14,9 +14,11 @@ from transformers import PreTrainedModel
 
 from fastft import environment
 from fastft.training.data import Examples
-from fastft.training.tokens import Tokens
+from fastft.training.preprocess import Prepared
+from fastft.training.tokens import LengthGroupedSampler, Tokens
 
-SHOWN_LABELS = 8  # a line of facts names no more
+SHOWN_LABELS = 8  # a line of facts names no more, a confusion matrix is printed for no more
+SHOWN_CLASSES = 20  # a table of scores has no more
 
 
 @dataclass(frozen=True, repr=False)
@@ -28,10 +30,11 @@ class FinetuneResult:
         labels: names of the classes in the order of their indices.
         history: one record per epoch, the lines of ``history.jsonl``.
         step_losses: the training loss of every step.
-        metrics: the content of ``metrics.json``: the last epoch's model on the validation examples.
+        metrics: the content of ``metrics.json``: the saved model on the validation examples.
         predictions: (validation examples,) int64, the predicted class of each, in their order.
         seconds: ``training`` (steps only), ``validation`` and ``total``, loading and saving included.
         facts: what was trained on what, by name, one line each.
+        epoch: from which the saved model is.
     """
 
     output: Path
@@ -42,6 +45,7 @@ class FinetuneResult:
     predictions: np.ndarray
     seconds: dict[str, float]
     facts: dict[str, str]
+    epoch: int
 
     def __str__(self) -> str:
         table = [f"{'epoch':>5}{'loss':>9}{'accuracy':>10}{'val. loss':>11}{'val. accuracy':>15}{'seconds':>9}"]
@@ -55,14 +59,51 @@ class FinetuneResult:
     __repr__ = __str__
 
     def score_lines(self) -> list[str]:
-        """The metrics, the times and the folder, a line each."""
+        """The metrics, the times and the folder."""
         scores = "  ".join(f"{key} {self.metrics[key]:.4f}" for key in ("accuracy", "precision", "recall", "f1"))
         times = ", ".join(f"{name} {value:.1f} s" for name, value in self.seconds.items())
-        return [fact_line("scores", scores), fact_line("time", times), fact_line("saved in", str(self.output))]
+        lines = [
+            fact_line("scores", f"{scores} (macro, of epoch {self.epoch})"),
+            *("" if line == "" else f"{'':10}{line}" for line in ["", *class_lines(self.metrics), ""]),
+        ]
+        if "l1" in self.facts:
+            lines.append(fact_line("l1", self.facts["l1"]))
+        return [*lines, fact_line("time", times), fact_line("saved in", str(self.output))]
 
 
 def fact_line(name: str, fact: str) -> str:
-    return f"{name:<10}{fact}"
+    return f"{name:<10}" + fact.replace("\n", f"\n{'':10}")
+
+
+def class_lines(metrics: dict[str, Any]) -> list[str]:
+    """Precision, recall and F1 of each class and their means, then for a few classes the confusion matrix."""
+    keys, names = ("precision", "recall", "f1"), list(metrics["per_class"])
+    shown = names[:SHOWN_CLASSES]
+    width = max(map(len, [*map(_short, shown), "weighted"]))
+    lines = [f"{'':{width}}" + "".join(f"{key:>11}" for key in keys) + f"{'examples':>11}"]
+    for name in shown:
+        scores = metrics["per_class"][name]
+        lines.append(
+            f"{_short(name):{width}}" + "".join(f"{scores[key]:11.4f}" for key in keys) + f"{scores['support']:11}"
+        )
+    if len(names) > len(shown):
+        lines.append(f"… and {len(names) - len(shown)} more classes in metrics.json")
+    for name, scores in (("macro", metrics), ("weighted", metrics["weighted"])):
+        lines.append(f"{name:{width}}" + "".join(f"{scores[key]:11.4f}" for key in keys))
+    if len(names) > SHOWN_LABELS:
+        return lines
+    columns = [max(len(_short(name)), 6) + 2 for name in names]
+    lines += ["", f"{'':{width}}  predicted as"]
+    lines.append(
+        f"{'':{width}}" + "".join(f"{_short(name):>{size}}" for name, size in zip(names, columns, strict=True))
+    )
+    for name, row in zip(names, metrics["confusion_matrix"], strict=True):
+        lines.append(f"{_short(name):{width}}" + "".join(f"{n:{size}}" for n, size in zip(row, columns, strict=True)))
+    return lines
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 24 else name[:23] + "…"
 
 
 def facts(
@@ -72,6 +113,7 @@ def facts(
     gain: float | None,
     kernels: dict[str, Any] | None,
     parts: tuple[Examples, Examples],
+    cleaning: Prepared,
     encoded: tuple[Tokens, Tokens],
     length: int,
 ) -> dict[str, str]:
@@ -83,20 +125,35 @@ def facts(
         gain: how many times as fast a linear layer is in bfloat16, None when nobody is to choose.
         kernels: ``Report.as_dict()``, or None for PyTorch's.
         parts, encoded: the training and the validation examples, and their tokens, cut to ``length``.
+        cleaning: what was done to the texts.
     """
     size = sum(parameter.numel() for parameter in network.parameters())
     lengths = [length for part in encoded for length in part.lengths()]
+    columns = parts[0].columns
     return {
         "model": f"{type(network).__name__} from {options['model']}: {size:,} parameters",
-        "new": ", ".join(fresh),
+        "new": ", ".join(fresh) or "nothing, the checkpoint has all weights",
         "dtype": options["dtype"]
         if gain is None
         else f"float32; in bfloat16 a linear layer runs {gain:.1f}x as fast here",
         "kernels": _kernels_line(kernels),
+        **({"columns": columns} if columns else {}),
+        "cleaned": "\n".join(cleaning.lines()),
         "data": f"{len(parts[0])} examples to train on, {len(parts[1])} to validate",
         "labels": _labels_line(parts[0].counts()),
         "tokens": f"{np.mean(lengths):.1f} a text, {sum(part.cut for part in encoded)} texts cut to {length}",
+        "batches": f"{options['batch_size']} texts of similar length, "
+        f"{_padding(encoded[0].lengths(), options['batch_size'], options['seed']):.1%} of the tokens are padding",
     }
+
+
+def _padding(lengths: list[int], batch_size: int, seed: int) -> float:
+    """The share of padding in the batches of the first epoch."""
+    order = list(LengthGroupedSampler(lengths, batch_size, seed))
+    batches = [
+        [lengths[row] for row in order[start : start + batch_size]] for start in range(0, len(order), batch_size)
+    ]
+    return 1 - sum(lengths) / sum(max(batch) * len(batch) for batch in batches)
 
 
 def _kernels_line(kernels: dict[str, Any] | None) -> str:
@@ -117,22 +174,21 @@ def _labels_line(counts: dict[str, int]) -> str:
 def run_record(
     options: dict[str, Any],
     parts: tuple[Examples, Examples],
+    cleaning: Prepared,
+    encoded: tuple[Tokens, Tokens],
     length: int,
-    kernels: dict[str, Any] | None,
-    seconds: dict[str, float],
 ) -> dict[str, Any]:
-    """The content of run.json: enough to repeat the run and to see what differs; arguments as in :func:`facts`."""
+    """Of the content of run.json, what was known before training; arguments as in :func:`facts`."""
     paths = {"model": str(options["model"]), "output": str(options["output"])}
     given = {name: value for name, value in options.items() if name not in ("data", "validation", *paths)}
     return {
         "options": {**paths, **given},
         "max_length_used": length,
         "data": {
-            name: {"source": part.source, "examples": len(part), "sha256": part.fingerprint()}
-            for name, part in zip(("training", "validation"), parts, strict=True)
+            name: {"source": part.source, "examples": len(part), "sha256": part.fingerprint(), "cut": tokens.cut}
+            for name, part, tokens in zip(("training", "validation"), parts, encoded, strict=True)
         },
+        "preprocessing": cleaning.counts,
         "environment": environment.describe(),
         "device": str(torch.accelerator.current_accelerator(check_available=True) or "cpu"),
-        "kernels": kernels,
-        "seconds": seconds,
     }

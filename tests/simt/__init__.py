@@ -41,11 +41,11 @@ OPTIONS = ("-O1", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas", "-x", "c++")
 
 
 def linear_act_forward(y, z, x, w, b, activation):
-    return (x, w), (y, z, x, w, b, len(x), *w.shape, activation)
+    return (x, w), (y, z, x, w, b, len(x), *w.shape, activation, None)
 
 
 def linear_act_backward(dx, dw, db, dy, z, x, w, activation):
-    return (x, w), (dx, dw, db, dy, z, x, w, len(x), *w.shape, activation)
+    return (x, w), (dx, dw, db, dy, z, x, w, len(x), *w.shape, activation, None, None)
 
 
 def cross_entropy_forward(loss, stats, divisor, row_loss, x, target, w, *options):

@@ -1,5 +1,6 @@
 """Cases of cross_entropy: every option, every layout of classes in registers, and logits where a softmax goes wrong."""
 
+import itertools
 import math
 
 import torch
@@ -60,6 +61,11 @@ def samples(t):
     yield Timed("4096x30522", *labelled(4096, 30522))
 
 
+def grid(t, rows=(32, 128, 1024, 4096)):
+    for N, C in itertools.product(rows, (2, 5, 20, 100, 1000)):
+        yield Timed(f"{N}x{C}", t(N, C), t.indices(C, N))
+
+
 def _one_in_eight(target):
     ignored = torch.full_like(target, -100)
     ignored[::8] = target[::8]
@@ -75,6 +81,7 @@ SPEC = OpSpec(
     op=functional.cross_entropy,
     reference=reference,
     samples=samples,
+    grid=grid,
     sizes=sizes,
     flops=lambda M, C: 24 * M * C,  # maximum, difference, sum, and about 20 for an exponential
     bytes=lambda M, C, size: M * C * size,

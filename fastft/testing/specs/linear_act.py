@@ -1,5 +1,7 @@
 """Cases of linear_act: every activation, the shapes of BERT and MiniLM, and those where a blocked GEMM goes wrong."""
 
+import functools
+import itertools
 import math
 
 import torch
@@ -12,10 +14,12 @@ def reference(input, weight, bias=None, activation="gelu"):
     return activations.torch_function(activation)(torch.nn.functional.linear(input, weight, bias))
 
 
-def samples(t):
-    def linear(M, K, N, bias=True):  # scaled as a trained layer's: pre-activations of about 1
-        return t(M, K), t(N, K, scale=max(K, 1) ** -0.5), t(N) if bias else None
+def tensors(t, M, K, N, bias=True):  # scaled as a trained layer's: pre-activations of about 1
+    return t(M, K), t(N, K, scale=max(K, 1) ** -0.5), t(N) if bias else None
 
+
+def samples(t):
+    linear = functools.partial(tensors, t)
     for name in functional.ACTIVATIONS:
         yield Sample(f"activation {name}", *linear(60, 40, 50), activation=name)
     yield Sample("no bias", *linear(33, 64, 32, bias=False))
@@ -40,19 +44,34 @@ def samples(t):
     yield Sample("expanded input and bias", t(1, 24).expand(30, 24), t(16, 24), t(1).expand(16))
     yield Sample("saturated: |z| far beyond every tail", t(40, 24, scale=30), t(32, 24), t(32))
     yield Sample("tiny: z near zero", t(40, 24, scale=1e-6), t(32, 24), t(32, scale=1e-6))
-    for K, N, activation in ((768, 768, "identity"), (768, 3072, "gelu"), (3072, 768, "identity")):  # BERT-base
-        yield Timed(f"4096x{K}->{N} {activation}", *linear(4096, K, N), activation=activation)
-    for K, N, activation in ((384, 1536, "gelu"), (1536, 384, "identity")):  # MiniLM
-        yield Timed(f"4096x{K}->{N} {activation}", *linear(4096, K, N), activation=activation)
-    for M in (2048, 256):
-        yield Timed(f"{M}x768->3072 gelu", *linear(M, 768, 3072))
+    for M, (K, N, activation) in itertools.product((4096, 2048, 256), LAYERS):
+        yield Timed(f"{M}x{K}->{N} {activation}", *linear(M, K, N), activation=activation)
+    for name in functional.ACTIVATIONS:
+        if name != "gelu":
+            yield Timed(f"2048x384->1536 {name}", *linear(2048, 384, 1536), activation=name)
     yield Timed("32x768->768 tanh", *linear(32, 768, 768), activation="tanh")  # the pooler of a batch
+
+
+LAYERS = (
+    *((768, 768, "identity"), (768, 3072, "gelu"), (3072, 768, "identity")),  # BERT-base
+    *((384, 1536, "gelu"), (1536, 384, "identity")),  # MiniLM
+)
+
+
+SIZES = (2, 5, 384, 768, 1536, 3072)  # classifiers' and encoders'
+ALL_LAYERS = tuple(itertools.product(SIZES, SIZES))
+
+
+def grid(t, rows=(1, 7, 64, 512, 4096), layers=ALL_LAYERS):
+    for M, (K, N) in itertools.product(rows, layers):
+        yield Timed(f"{M}x{K}->{N}", *tensors(t, M, K, N), activation="identity")
 
 
 SPEC = OpSpec(
     op=functional.linear_act,
     reference=reference,
     samples=samples,
+    grid=grid,
     sizes=lambda input, weight, bias=None, activation="gelu": (math.prod(input.shape[:-1]), *reversed(weight.shape)),
     flops=lambda M, K, N: 2 * M * K * N,
     bytes=lambda M, K, N, size: (M * K + K * N + M * N) * size,

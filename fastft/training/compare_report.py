@@ -1,0 +1,378 @@
+"""What ``fastft compare`` says: sentences, tables, a JSON object, and one HTML page that needs nothing else."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.table import Column, Table
+from rich.text import Text
+
+from fastft.models.report import NOT_REPLACED
+from fastft.testing.measure import LONG_RATIO
+from fastft.testing.timing import Spread
+from fastft.training.compare_run import PAIRS, PHASES, REVERSED, STOCK, Parity, Timed
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Rows = list[list[str]]  # the first is the header
+
+
+@dataclass(frozen=True, repr=False)
+class CompareResult:
+    """What :func:`fastft.compare` found. Prints as tables below :attr:`verdict`.
+
+    Attributes:
+        facts: what was trained on what, by name, one line each.
+        options: the arguments, with what was assumed where none was given.
+        parity: how far results are apart with dropout off, and what ran where.
+        losses: of every step, by variant, with ``dropout_off`` and ``dropout_on``.
+        times: seconds, by variant.
+        tokens: real ones in a batch, on average.
+        memory: by variant: bytes ``kept`` for the backward, growth during a ``step``.
+        padding: its share in batches, ``grouped`` by length or ``ungrouped``.
+        rows: of the job that is projected.
+        conditions: machine, versions, date, command.
+    """
+
+    facts: dict[str, str]
+    options: dict[str, Any]
+    parity: Parity
+    losses: dict[str, dict[str, list[float]]]
+    times: dict[str, Timed]
+    tokens: float
+    memory: dict[str, dict[str, int | None]]
+    padding: dict[str, float]
+    rows: int
+    conditions: dict[str, Any]
+
+    @property
+    def differs(self) -> bool:
+        """Whether fastft's results are further from the truth than the error budget allows."""
+        return self.parity.differs is not None
+
+    @property
+    def slower(self) -> list[str]:
+        """The variants that are slower than stock."""
+        return [name for name, run in self.times.items() if is_slower(run.ratio)]
+
+    @property
+    def is_good(self) -> bool:
+        """Whether fastft's kernels run, none of its variants is slower and nothing differs."""
+        return bool(self.parity.calls) and not self.slower and not self.differs
+
+    @property
+    def verdict(self) -> list[str]:
+        """Sentences, bad news first."""
+        return verdict(self.parity, {name: run.ratio for name, run in self.times.items() if name != STOCK})
+
+    @property
+    def steps(self) -> int:
+        """Of the job that is projected."""
+        return self.options["epochs"] * math.ceil(self.rows / self.options["batch_size"])
+
+    def seconds(self, name: str) -> float:
+        """That the job's training steps will take with a variant."""
+        return self.steps * self.times[name].mean
+
+    def cost(self, name: str) -> float | None:
+        """Of the job, in the currency of the price; None without one."""
+        price = self.options["price"]
+        return None if price is None else self.seconds(name) / 3600 * price
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: times in seconds, memory in bytes, None for numbers that are not finite."""
+        variants = {
+            name: {
+                "step": asdict(run.step),
+                "faster_than_stock": asdict(run.ratio),
+                "mean": run.mean,
+                "phases": run.phases,
+                "tokens_per_s": self.tokens / run.mean,
+                "memory": self.memory[name],
+                "projected": {"seconds": self.seconds(name), "cost": self.cost(name)},
+            }
+            for name, run in self.times.items()
+        }
+        return _finite(
+            {
+                "verdict": {"sentences": self.verdict, "differs": self.differs, "slower": self.slower},
+                "facts": self.facts,
+                "options": self.options,
+                "numbers": {**self.parity.numbers, "budget_exceeded": self.parity.differs},
+                "losses": self.losses,
+                "variants": variants,
+                "padding": self.padding,
+                "job": {"rows": self.rows, "steps": self.steps},
+                "kernels": {"calls": self.parity.calls, **self.parity.report.as_dict()},
+                "conditions": self.conditions,
+            }
+        )
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Text(self.verdict[0], style="bold green" if self.is_good else "bold red")
+        yield from map(Text, self.verdict[1:])
+        yield ""
+        facts = Table.grid("", Column(overflow="fold"), padding=(0, 2, 0, 0))
+        for fact in self._facts().items():
+            facts.add_row(*map(Text, fact))
+        yield facts
+        for title, rows in self.tables().items():
+            yield Group("", Text(title, style="bold"), _rich_table(rows))
+        if self.parity.differs:
+            yield Group("", Text("Beyond the error budget", style="bold"), Text(self.parity.differs))
+
+    def __str__(self) -> str:
+        console = Console(file=io.StringIO(), width=80, color_system=None, highlight=False)
+        console.print(self)
+        return "\n".join(map(str.rstrip, console.file.getvalue().rstrip().splitlines()))
+
+    __repr__ = __str__
+
+    def _facts(self) -> dict[str, str]:
+        facts = self.conditions
+        where = facts["cpu"] if self.conditions["device"] == "cpu" else ", ".join(facts["gpus"])
+        return {
+            **self.facts,
+            "kernels": _kernels(self.parity),
+            "machine": f"{where}, {facts['threads']} threads; fastft {facts['fastft']}, torch {facts['torch']}, "
+            f"transformers {facts['transformers']}",
+        }
+
+    def tables(self) -> dict[str, Rows]:
+        """Title -> rows: what both ways of showing them, in a terminal and in HTML, have in common."""
+        return {
+            f"Time and memory, {self.options['steps']} steps of each in turn": self._gain_rows(),
+            "Differences with dropout off, beside the mean size of the true values": self._number_rows(),
+            f"Losses of {self.options['steps']} steps, beside stock's": self._loss_rows(),
+        }
+
+    def _gain_rows(self) -> Rows:
+        def row(title: str, cell: Callable[[Timed], str]) -> list[str]:
+            return [title, *map(cell, self.times.values())]
+
+        job, price = f"{self.options['epochs']} epochs of {self.rows:,} rows", self.options["price"]
+        rows = [
+            ["", *self.times],
+            row("step, median", lambda run: _ms(run.step.median)),
+            row("  quartiles", lambda run: f"{run.step.low * 1e3:.4g} - {run.step.high * 1e3:.4g} ms"),
+            row("times as fast as stock", lambda run: f"{run.ratio.median:.2f}"),
+            row("  quartiles", lambda run: f"{run.ratio.low:.2f} - {run.ratio.high:.2f}"),
+            row("step, mean", lambda run: _ms(run.mean)),
+            *(row(f"  {phase}", lambda run, phase=phase: _ms(run.phases[phase])) for phase in PHASES),
+            row("tokens/s", lambda run: f"{self.tokens / run.mean:,.0f}"),
+            ["memory, longest step", *(_mb(found["step"]) for found in self.memory.values())],
+            ["  kept for backward", *(_mb(found["kept"]) for found in self.memory.values())],
+            [job, *(_clock(self.seconds(name)) for name in self.times)],
+        ]
+        if price is not None:
+            rows.append([f"  cost at {price:g} an hour", *(f"{self.cost(name):.4g}" for name in self.times)])
+        return rows
+
+    def _number_rows(self) -> Rows:
+        rows = [["", *PAIRS.values(), "size"]]
+        for name, row in self.parity.numbers.items():
+            rows.append([f"{name}, largest", *(f"{row[pair]['max']:.1e}" for pair in PAIRS), ""])
+            rows.append(["  mean", *(f"{row[pair]['mean']:.1e}" for pair in PAIRS), f"{row['size']:.1e}"])
+        return rows
+
+    def _loss_rows(self) -> Rows:
+        rows = [["", "first", "last", "largest difference"]]
+        for key, title in (("dropout_off", "dropout off"), ("dropout_on", "dropout on")):
+            curves = self.losses[key]
+            for name, curve in curves.items():
+                apart = max(abs(a - b) for a, b in zip(curve, curves[STOCK], strict=True))
+                shown = "" if name == STOCK else f"{apart:.1e}"
+                rows.append([f"{title}: {name}", f"{curve[0]:.6f}", f"{curve[-1]:.6f}", shown])
+        return rows
+
+
+# ---- the verdict
+
+
+def is_slower(ratio: Spread) -> bool:
+    """Whether a variant that is ``ratio`` times as fast as stock breaks the promise to be never slower: by more than
+    that allows in the median, or by whatever in three batches of four."""
+    return ratio.median < 1 / LONG_RATIO or ratio.high < 1
+
+
+def verdict(parity: Parity, ratios: Mapping[str, Spread]) -> list[str]:
+    """Sentences about fastft's variants, bad news first.
+
+    Args:
+        ratios: by variant, how many times as fast as stock it is.
+    """
+    bad, good = [], []
+    if parity.differs:
+        bad.append("fastft DIFFERS from stock here: its error is beyond the error budget, see the end.")
+    for name, ratio in ratios.items():
+        batches = f"quartiles {ratio.low:.2f} to {ratio.high:.2f}"
+        if is_slower(ratio):
+            bad.append(f"{name} is SLOWER than stock here, {ratio.median:.2f} times as fast ({batches}).")
+        elif ratio.low > 1:
+            good.append(f"{name} trains {ratio.median:.2f} times as fast as stock here ({batches}).")
+        else:
+            good.append(f"{name} is as fast as stock here, {ratio.median:.2f} times, within the noise ({batches}).")
+    if not parity.calls:
+        bad.append(f"NONE of fastft's kernels ran here: {_why_none(parity)}.")
+    elif not parity.differs:
+        good.append("Its logits, loss and gradients are as close to float64's as stock's own (error budget).")
+    return bad + good
+
+
+def _why_none(parity: Parity) -> str:
+    reasons = Counter(line.reason for line in parity.report.lines if line.reason not in (None, NOT_REPLACED))
+    return reasons.most_common(1)[0][0] if reasons else "every call is too small to gain"
+
+
+def _kernels(parity: Parity) -> str:
+    lines = parity.report.lines
+    kinds: dict[str, Counter[str]] = {}
+    for line in lines:
+        if line.reason:
+            kinds.setdefault(line.reason, Counter())[line.kind] += 1
+    count = sum(line.reason is None for line in lines)
+    said = [f"fastft's in {count} of {len(lines)} modules, {sum(parity.calls.values())} calls a step"]
+    for reason, found in kinds.items():
+        named = ", ".join(f"{number} {kind}" for kind, number in found.most_common())
+        said.append(f"PyTorch's in {named}: {reason}")
+    return "; ".join(said)
+
+
+# ---- cells
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.4g} ms"
+
+
+def _mb(size: int | None) -> str:
+    return "-" if size is None else f"{size / 1e6:,.1f} MB"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+def _rich_table(rows: Rows) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True)
+    for index, column in enumerate(rows[0]):
+        table.add_column(Text(column), justify="right" if index else "left")
+    for row in rows[1:]:
+        table.add_row(*map(Text, row))
+    return table
+
+
+# ---- JSON and HTML
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>{title}</title>
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em; color: #222; }}
+h1 {{ font-size: 1.5em; color: {color}; }}
+h2 {{ font-size: 1.1em; margin: 2em 0 .5em; }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
+th, td {{ padding: .2em 1em .2em 0; text-align: right; border-bottom: 1px solid #ddd; white-space: pre; }}
+th:first-child, td:first-child {{ text-align: left; }}
+.facts td {{ text-align: left; white-space: normal; vertical-align: top; }}
+pre {{ background: #f6f6f6; padding: 1em; overflow-x: auto; }}
+img {{ max-width: 100%; }}
+</style>
+</head>
+<body>
+<h1>{title}</h1>
+{body}
+</body>
+</html>
+"""
+
+
+def page(result: CompareResult) -> str:
+    """The HTML page: verdict, facts, plots, tables, and the whole report of what runs where."""
+    parts = [f"<p>{_text(sentence)}</p>" for sentence in result.verdict[1:]]
+    facts = {**result._facts(), "command": result.conditions["command"], "date": result.conditions["date"]}
+    parts.append(_html_table([list(fact) for fact in facts.items()], kind="facts"))
+    image = f"data:image/svg+xml;base64,{_svg(_figure(result))}"
+    parts.append(f'<p><img alt="Losses, time of a step, errors" src="{image}"></p>')
+    for title, rows in result.tables().items():
+        parts += [f"<h2>{_text(title)}</h2>", _html_table(rows)]
+    if result.parity.differs:
+        parts += ["<h2>Beyond the error budget</h2>", f"<pre>{_text(result.parity.differs)}</pre>"]
+    parts += ["<h2>What runs where</h2>", f"<pre>{_text(str(result.parity.report))}</pre>"]
+    color = "#156b2e" if result.is_good else "#b00020"
+    return _PAGE.format(title=_text(result.verdict[0]), color=color, body="\n".join(parts))
+
+
+def _text(text: str) -> str:
+    return html.escape(text)
+
+
+def _html_table(rows: Iterable[Sequence[str]], kind: str = "") -> str:
+    """A table; of the kind "facts" without a header."""
+    lines = []
+    for index, row in enumerate(rows):
+        cell = "td" if kind or index else "th"
+        lines.append("<tr>" + "".join(f"<{cell}>{_text(value)}</{cell}>" for value in row) + "</tr>")
+    return f'<table class="{kind}">\n' + "\n".join(lines) + "\n</table>"
+
+
+def _figure(result: CompareResult) -> Figure:
+    """Losses without and with dropout, phases of a step, errors."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    off, on, phases, errors = figure.subplots(2, 2).flat
+    styles = ("-", "--", ":", "-.")
+    for axes, key, title in ((off, "dropout_off", "loss, dropout off"), (on, "dropout_on", "loss, dropout on")):
+        for index, (name, curve) in enumerate(result.losses[key].items()):
+            axes.plot(curve, styles[index % 4], color=f"C{index}" if name != REVERSED else "grey", label=name)
+        axes.set(title=title, xlabel="step")
+        axes.legend(fontsize=8)
+    left = [0.0] * len(result.times)
+    for phase in PHASES:
+        widths = [run.phases[phase] * 1e3 for run in result.times.values()]
+        phases.barh(list(result.times), widths, left=left, label=phase)
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    phases.invert_yaxis()
+    phases.set(title="a step", xlabel="ms, mean")
+    phases.legend(fontsize=8)
+    for index, (pair, label) in enumerate((("stock_exact", "stock"), ("fastft_exact", "fastft"))):
+        heights = [row[pair]["mean"] for row in result.parity.numbers.values()]
+        errors.bar([x + 0.4 * index for x in range(len(heights))], heights, width=0.4, label=label)
+    errors.set(title="mean error against float64, dropout off", yscale="log")
+    errors.set_xticks([x + 0.2 for x in range(len(result.parity.numbers))], list(result.parity.numbers))
+    errors.legend(fontsize=8)
+    return figure
+
+
+def _svg(figure: Figure) -> str:
+    """In base64, the same bytes for the same figure."""
+    import matplotlib
+
+    image = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "fastft"}):
+        figure.savefig(image, format="svg", metadata={"Date": None})
+    return base64.b64encode(image.getvalue()).decode()

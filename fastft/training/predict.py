@@ -1,0 +1,147 @@
+"""The classes of new texts. Imports no torch: wrong files and folders are told at once."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastft.training import data as readable
+from fastft.training import files, trained
+
+SUFFIXES = (".csv", ".jsonl")
+SHOWN = 20  # texts, when it is printed
+LONGEST_NAME = 24  # characters of a class's name in a line
+
+
+@dataclass(frozen=True, repr=False)
+class Predictions:
+    """What :func:`fastft.predict` returns: for each text, in their order, the most probable classes. Prints as a list.
+
+    Attributes:
+        texts: as they were given.
+        top: for each text the pairs (label, score), the best first; scores are probabilities.
+    """
+
+    texts: Sequence[str]
+    top: list[list[tuple[str, float]]]
+
+    @property
+    def labels(self) -> list[str]:
+        return [found[0][0] for found in self.top]
+
+    @property
+    def scores(self) -> list[float]:
+        return [found[0][1] for found in self.top]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """For each text ``text``, ``label``, ``score``, and where more were asked for ``top``, labels and scores."""
+        for text, found in zip(self.texts, self.top, strict=True):
+            record: dict[str, Any] = {"text": text, "label": found[0][0], "score": found[0][1]}
+            if len(found) > 1:
+                record["top"] = [{"label": label, "score": score} for label, score in found]
+            yield record
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"predictions": list(self.records())}
+
+    def lines(self, width: int = 80) -> Iterator[str]:
+        """A line for each text: labels, scores, and as much of the text as there is room for."""
+        longest = max((len(label) for found in self.top for label, _ in found), default=0)
+        for text, found in zip(self.texts, self.top, strict=True):
+            names = "  ".join(f"{_short(label, LONGEST_NAME):{min(longest, LONGEST_NAME)}} {score:.4f}" for label, score in found)
+            yield f"{names}  {_short(' '.join(text.split()), max(width - len(names) - 2, 8))}"
+
+    def __str__(self) -> str:
+        shown = Predictions(self.texts[:SHOWN], self.top[:SHOWN])
+        more = [f"… and {len(self) - SHOWN:,} more"] if len(self) > SHOWN else []
+        return "\n".join([*shown.lines(), *more])
+
+    __repr__ = __str__
+
+    def write(self, path: str | os.PathLike) -> None:
+        """Writes a CSV file (text, label, score, label_2, score_2, …) or JSON lines as :meth:`records`, all or nothing.
+
+        Raises: ValueError, OSError: the file's name ends otherwise, or it cannot be written.
+        """
+        path = check_output(path, SUFFIXES)
+        with _writing(path) as unfinished, unfinished.open("w", encoding="utf-8", errors="replace", newline="") as file:
+            # half a character, which JSON can hold, becomes a question mark
+            if path.suffix.lower() == ".jsonl":
+                file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in self.records())
+                return
+            table = csv.writer(file, lineterminator="\n")
+            ranks = ["", *(f"_{rank}" for rank in range(2, len(self.top[0]) + 1))]
+            table.writerow(["text", *(f"{name}{rank}" for rank in ranks for name in ("label", "score"))])
+            table.writerows([text, *(part for pair in found for part in pair)] for text, found in zip(self.texts, self.top, strict=True))
+
+
+def predict(
+    folder: str | os.PathLike,
+    texts: Any,
+    *,
+    text: str | None = None,
+    encoding: str = "utf-8",
+    top: int = 1,
+    batch_size: int = 32,
+    max_length: int | None = None,
+    stock: bool = False,
+    quiet: bool = False,
+) -> Predictions:
+    """Classifies texts with a trained model.
+
+    Args:
+        folder: of a model that ``fastft.finetune`` trained, or of any other text classifier of transformers.
+        texts: a sequence of strings; or the path of a CSV, TSV or JSONL file, or of a folder with a text in each file.
+        text: column or key of the texts; None finds it by its name, else by what is in it.
+        encoding: of the files.
+        top: how many classes to tell for each text.
+        batch_size: texts at a time.
+        max_length: tokens per text, the rest is cut; None takes what the model was trained with, else what it can take.
+        stock: without our kernels.
+        quiet: no progress bar.
+    Raises: ValueError, TypeError, OSError: one sentence that names the argument or place and the value.
+    """
+    for name, value in (("batch_size", batch_size), ("top", top)):
+        trained.check_number("predict", name, value, 1)
+    trained.check_number("predict", "max_length", max_length, 3, optional=True)
+    known = trained.describe(folder)
+    if top > len(known.names):
+        raise ValueError(f"predict: top={top}; the model has {len(known.names)} classes: {', '.join(known.names)}")
+    given = readable.load(texts, text, argument="texts", labels=False, encoding=encoding).texts
+    cleaned, _ = known.clean(given)
+    classifier = trained.load(known, max_length, stock)
+    found: list[list[tuple[str, float]]] = [[]] * len(given)
+    with trained.progress("predicting", len(given), quiet) as advance:
+        for rows, logits in classifier.logits(cleaned, batch_size, advance):
+            best = logits.softmax(-1).topk(top)
+            for row, scores, classes in zip(rows, best.values.tolist(), best.indices.tolist(), strict=True):
+                found[row] = [(known.names[index], score) for index, score in zip(classes, scores, strict=True)]
+    return Predictions(given, found)
+
+
+def check_output(path: str | os.PathLike, suffixes: Iterable[str], data: str | os.PathLike | None = None) -> Path:
+    """``path`` as one that may be written to; an old file there is replaced.
+
+    Raises: ValueError, OSError: its name does not end as one of ``suffixes``; it is ``data`` itself, a folder or a
+        device; its folder does not exist.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in suffixes:
+        raise ValueError(f"{path} ends in {path.suffix!r}, a file ending in {' or '.join(suffixes)} can be written")
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is not a regular file, it cannot be written")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path} cannot be written: there is no folder {path.parent}")
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"{path} cannot be written: the folder {path.parent} is read-only")
+    if data is not None and path.exists() and os.path.exists(data) and path.samefile(data):
+        raise ValueError(f"{path} is the file with the texts: name another one to write to")
+    return path

@@ -1,0 +1,70 @@
+"""Scores equal scikit-learn's, and their definitions; the picture of a confusion matrix for few and many classes."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.metrics import classification_report, confusion_matrix
+
+from fastft.training import metrics, plots
+
+
+@given(st.integers(2, 6), st.data())
+def test_scores_are_those_of_the_definitions_and_of_sklearn(classes, draw):
+    names = [f"class {index}" for index in range(classes)]
+    rows = st.lists(st.tuples(*[st.integers(0, classes - 1)] * 2), min_size=1, max_size=50)
+    targets, predictions = map(np.array, zip(*draw.draw(rows), strict=True))
+    scores = metrics.classification(names, targets, predictions)
+
+    matrix = np.array(scores["confusion_matrix"])
+    assert scores["accuracy"] == np.trace(matrix) / len(targets)
+    for index, name in enumerate(names):
+        found = scores["per_class"][name]
+        right, predicted, true = matrix[index, index], matrix[:, index].sum(), matrix[index].sum()
+        assert found["precision"] == (right / predicted if predicted else 0)
+        assert found["recall"] == (right / true if true else 0) and found["support"] == true
+
+    labels = list(range(classes))
+    report = classification_report(
+        targets, predictions, labels=labels, target_names=names, output_dict=True, zero_division=0
+    )
+    assert (matrix == confusion_matrix(targets, predictions, labels=labels)).all()
+    for ours, theirs in (
+        *((scores["per_class"][name], report[name]) for name in names),
+        (scores["macro"], report["macro avg"]),
+        (scores["weighted"], report["weighted avg"]),
+        (scores, report["macro avg"]),
+    ):
+        assert [ours[key] for key in metrics.SCORES] == [theirs[key] for key in ("precision", "recall", "f1-score")]
+
+
+def test_a_class_that_is_never_predicted_has_precision_0():
+    scores = metrics.classification(["a", "b", "c"], np.array([0, 0, 1, 2]), np.array([0, 1, 1, 1]))
+    assert scores["per_class"]["a"] == {"precision": 1.0, "recall": 0.5, "f1": 2 / 3, "support": 2}
+    assert scores["per_class"]["c"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 1}
+    assert scores["confusion_matrix"] == [[1, 1, 0], [0, 1, 0], [0, 1, 0]] and scores["accuracy"] == 0.5
+    assert json.loads(json.dumps(scores)) == scores, "plain numbers only"
+
+
+@pytest.mark.parametrize("classes", [2, 100])
+def test_a_confusion_matrix_is_drawn_without_overlapping_names(tmp_path, monkeypatch, classes):
+    from matplotlib.figure import Figure
+
+    drawn = []
+
+    def draw(figure, *arguments, **options):
+        figure.draw_without_rendering()
+        drawn.append(figure)
+
+    monkeypatch.setattr(Figure, "savefig", draw)
+    counts = np.random.default_rng(0).integers(0, 20_000, (classes, classes))
+    plots.confusion_matrix(tmp_path / "a.png", [f"${index}$ " + "long name " * 5 for index in range(classes)], counts)
+    axes = drawn[0].axes[0]
+    for labels, low in ((axes.get_xticklabels(), "x0"), (axes.get_yticklabels(), "y0")):
+        boxes = sorted((label.get_window_extent() for label in labels), key=lambda box: getattr(box, low))
+        for before, after in itertools.pairwise(boxes):
+            assert getattr(before, low.replace("0", "1")) <= getattr(after, low) + 1
+    assert len(axes.texts) == (classes**2 if classes <= 30 else 0)
