@@ -133,7 +133,15 @@ def _step_cells(row: Row) -> dict[str, str]:
     }
 
 
-TABLES = {"ops": _ops_cells, "grid": _grid_cells, "step": _step_cells}
+def _scaling_cells(row: Row) -> dict[str, str]:
+    names = ("model", "tokens", "layer", "pass", "dtype")
+    counts = row["threads"].items()
+    return {name: str(row[name]) for name in names} | {
+        f"{count} threads": f"{share['busiest']:.3f} + {share['serial']:.1%}" for count, share in counts
+    }
+
+
+TABLES = {"ops": _ops_cells, "grid": _grid_cells, "scaling": _scaling_cells, "step": _step_cells}
 
 
 def _time(spread: Row) -> str:
@@ -162,10 +170,10 @@ def _conditions(results: Results) -> str:
         f"copy {p['copy_per_s'] / 1e9:.1f} GB/s"
         for name, p in results["peaks"].items()
     )
+    measured = f"Peaks of the same run: {peaks}. Medians of interleaved rounds ± half the distance of the quartiles."
     return (
         f"{where}, {facts['threads']} threads; fastft {facts['fastft']}, torch {facts['torch']}, "
-        f"transformers {facts['transformers']}; {facts['date']}; `{facts['command']}`\n"
-        f"Peaks of the same run: {peaks}. Medians of interleaved rounds ± half the distance of the quartiles."
+        f"transformers {facts['transformers']}; {facts['date']}; `{facts['command']}`\n{measured if peaks else ''}"
     )
 
 
@@ -173,16 +181,16 @@ def _conditions(results: Results) -> str:
 
 
 def plot(results: Results, path: Path) -> None:
-    """A bar per row: how many times faster than PyTorch, with quartiles."""
+    """What the results look like."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     rows = [row for row in results["rows"] if row.get("provider") != "stock"]
-    if results["benchmark"] == "grid":
+    if draw := {"grid": _grid_plot, "scaling": _scaling_plot}.get(results["benchmark"]):
         figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-        _grid_plot(axes, rows)
+        draw(axes, rows)
     else:
         figure, axes = pyplot.subplots(figsize=(8, 1.2 + 0.28 * len(rows)), layout="constrained")
         _bars(axes, rows, LABELS[results["benchmark"]])
@@ -192,6 +200,7 @@ def plot(results: Results, path: Path) -> None:
 
 
 def _bars(axes, rows: Sequence[Row], label: Callable[[Row], str]) -> None:
+    """A bar per row: how many times faster than PyTorch, with quartiles."""
     ratios = [row["ratio"] for row in rows]
     medians = [ratio["median"] for ratio in ratios]
     spread = [[r["median"] - r["low"] for r in ratios], [r["high"] - r["median"] for r in ratios]]
@@ -214,6 +223,19 @@ def _grid_plot(axes, rows: Sequence[Row]) -> None:
         )
     axes.axhline(1, color="black", linewidth=1)
     axes.set(xscale="log", yscale="log", xlabel="PyTorch's time, s", ylabel="times faster than PyTorch in the same run")
+    axes.legend()
+
+
+def _scaling_plot(axes, rows: Sequence[Row]) -> None:
+    """The busiest thread over the number of threads: a line per product, a color per number of tokens."""
+    for color, tokens in enumerate(sorted({row["tokens"] for row in rows})):
+        lines = [row["threads"] for row in rows if row["tokens"] == tokens]
+        for line in lines:
+            label = f"{tokens} tokens" if line is lines[0] else None
+            axes.plot(
+                list(map(int, line)), [s["busiest"] for s in line.values()], color=f"C{color}", lw=0.7, label=label
+            )
+    axes.set(xscale="log", xlabel="threads", ylabel="busiest thread's time over the mean")
     axes.legend()
 
 

@@ -123,6 +123,14 @@ struct CrossEntropyBackward {
 
 namespace cpu {
 
+// A product C (M, N) = A (M, K) B (K, N) and the threads that share it.
+struct GemmQuery {
+  int64_t M, N, K;
+  bool is_bf16;        // else float
+  bool b_depth_major;  // B lies in memory as (K, N), else as (N, K)
+  int threads;
+};
+
 // One kernel in all its dtypes; the call selects by the dtypes of its arguments.
 template <template <class, class> class Args>
 struct ByDtype {
@@ -141,6 +149,7 @@ struct Kernels {
 #undef FASTFT_X
   double (*peak_f32)(double seconds, const Host&);   // FLOP/s of the FMA units, all threads; cpu/peak.cpp
   double (*peak_bf16)(double seconds, const Host&);  // FLOP/s of VDPBF16PS, 0 where the instruction set has none
+  int64_t (*gemm_tasks)(const GemmQuery&, int phase, double* work, int64_t capacity);  // cpu/gemm.h
 };
 
 const Kernels& kernels();        // of the instruction set in use

@@ -16,6 +16,8 @@ _HOMES = {
     "Report": "models.report",
     "TextClassifier": "training.classifier",
     "finetune": "training.finetune",
+    "evaluate": "training.evaluate",
+    "predict": "training.predict",
     "compare": "training.compare",
 }
 

@@ -4,6 +4,8 @@ import multiprocessing
 import os
 import sys
 import tempfile
+import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +21,8 @@ class Done:
     err: str
 
 
-def fastft(*arguments, before=None, kill_after=None):
-    """``fastft`` with these arguments; stdout is a pipe's worth: no terminal.
+def fastft(*arguments, before=None, kill_after=None, terminal=False):
+    """``fastft`` with these arguments; its stdout is a file, or a terminal.
 
     Args:
         before: called in the process first; a function of a module, or a functools.partial of one.
@@ -28,7 +30,7 @@ def fastft(*arguments, before=None, kill_after=None):
     """
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
-        process = CONTEXT.Process(target=_child, args=([str(a) for a in arguments], before, str(out), str(err)))
+        process = CONTEXT.Process(target=_child, args=([str(a) for a in arguments], before, out, err, terminal))
         process.start()
         process.join(SECONDS if kill_after is None else kill_after)
         if process.is_alive():
@@ -37,9 +39,11 @@ def fastft(*arguments, before=None, kill_after=None):
         return Done(process.exitcode, out.read_text(), err.read_text())
 
 
-def _child(arguments, before, out, err):
+def _child(arguments, before, out, err, terminal):
     for descriptor, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT, 0o644), descriptor)
+    if terminal:
+        _become_terminal(1)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115 — as Python's own
     from fastft.cli.main import app
 
@@ -50,3 +54,18 @@ def _child(arguments, before, out, err):
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
+        if terminal:
+            time.sleep(0.2)  # what was written last is copied by then
+
+
+def _become_terminal(descriptor):
+    """Puts a pseudo-terminal in front of the descriptor, and copies what it shows."""
+    file = os.dup(descriptor)
+    outer, inner = os.openpty()
+    os.dup2(inner, descriptor)
+
+    def copy():
+        while True:
+            os.write(file, os.read(outer, 65536))
+
+    threading.Thread(target=copy, daemon=True).start()

@@ -5,8 +5,12 @@ import os
 import subprocess
 import sys
 
+from typer.testing import CliRunner
+
 import fastft
 from fastft import _library
+from fastft.cli.main import app
+from fastft.testing.timing import Peaks
 
 
 def run(*arguments, python=("-m", "fastft")):
@@ -52,3 +56,23 @@ def test_names_are_imported_when_first_used():
 
 def test_an_unknown_name_is_an_attribute_error():
     assert not hasattr(fastft, "no_such_name")
+
+
+def test_bench_shows_each_shape_beside_pytorchs(monkeypatch):
+    monkeypatch.setattr(Peaks, "COPIED", 1 << 20)
+    options = ["bench", "--op", "linear_act", "--shape", "32x768", "--dtype", "float32", "--rounds", "1"]
+    done = CliRunner().invoke(app, options, env={"COLUMNS": "80"})
+    assert done.exit_code == 0, done.output
+    lines = done.stdout.splitlines()
+    assert "linear_act" in lines[1] and "32x768->768 tanh" in lines[2] and "Peak: " in done.stdout
+    assert max(map(len, lines[:3])) <= 80
+    (row,) = json.loads(CliRunner().invoke(app, [*options, "--json"]).stdout)["rows"]
+    assert row["sample"] == "32x768->768 tanh" and row["path"] == "train" and row["fastft"]["median"] > 0
+
+
+def test_bench_explains_itself_and_names_a_wrong_value():
+    shown = run("bench", "--help").stdout
+    assert "fastft bench --tune" in shown and "fastft bench --op linear_act --shape 2048x768" in shown
+    done = run("bench", "--op", "linear")
+    assert done.returncode == 2 and "'linear' is not one of cross_entropy, linear_act" in done.stderr
+    assert run("bench", "--rounds", "0").returncode == 2

@@ -1,6 +1,7 @@
 """compare on a tiny BERT: what it measures, what it says first, and the files it writes."""
 
 import base64
+import dataclasses
 import json
 import random
 import re
@@ -218,38 +219,48 @@ def test_a_result_that_is_not_a_number_is_a_difference(model, monkeypatch, tmp_p
     assert written["losses"]["dropout_off"]["fastft"] == [None] * 3
 
 
-def test_kernels_that_do_not_run_are_said_first(model):
+def test_kernels_that_do_not_run_are_bad_news(model):
     with use_backend("torch"):
         found = fastft.compare(model, REVIEWS, **SMALL)
-    assert found.verdict[0] == "NONE of fastft's kernels ran here: FASTFT_BACKEND is torch."
+    assert "NONE of fastft's kernels ran here: FASTFT_BACKEND is torch." in found.verdict
     assert not found.is_good and "as close to float64" not in str(found)
 
 
 @pytest.mark.parametrize(
-    ("median", "low", "high", "slower", "said"),
+    ("speedup", "median", "low", "high", "said"),
     [
-        (1.2, 1.1, 1.3, False, "fastft trains 1.20 times as fast as stock here (quartiles 1.10 to 1.30)."),
-        (
-            1.0,
-            0.9,
-            1.1,
-            False,
-            "fastft is as fast as stock here, 1.00 times, within the noise (quartiles 0.90 to 1.10).",
-        ),
-        (0.98, 0.96, 0.99, True, "fastft is SLOWER than stock here, 0.98 times as fast (quartiles 0.96 to 0.99)."),
-        (0.9, 0.8, 1.2, True, "fastft is SLOWER than stock here, 0.90 times as fast (quartiles 0.80 to 1.20)."),
+        (1.2, 1.3, 1.1, 1.4, "fastft trains 1.20 times as fast as stock here (single steps 1.10 to 1.40)."),
+        (1.0, 1.1, 0.9, 1.2, "fastft is as fast as stock within the noise, 1.00 times (single steps 0.90 to 1.20)."),
+        (0.99, 1.1, 1.01, 1.2, "fastft is as fast as stock within the noise, 0.99 times (single steps 1.01 to 1.20)."),
+        (0.9, 1.1, 1.0, 1.2, "fastft is SLOWER than stock here, 0.90 times as fast (single steps 1.00 to 1.20)."),
+        (1.1, 0.9, 0.8, 1.2, "fastft is SLOWER than stock here, 0.90 times as fast (single steps 0.80 to 1.20)."),
+        (0.98, 0.98, 0.96, 0.99, "fastft is SLOWER than stock here, 0.98 times as fast (single steps 0.96 to 0.99)."),
     ],
 )
-def test_verdict_by_median_and_quartiles(result, median, low, high, slower, said):
-    ratio = Spread(median, low, high, 20)
-    assert compare_report.is_slower(ratio) is slower
-    assert compare_report.verdict(result.parity, {"fastft": ratio})[0].startswith(said)
+def test_verdict_by_all_steps_and_by_single_ones(result, speedup, median, low, high, said):
+    run = planted_times(result, speedup, Spread(median, low, high, 20))
+    assert compare_report.is_slower(run) is ("SLOWER" in said)
+    assert compare_report.verdict(result.parity, {"fastft": run})[0] == said
 
 
 def test_bad_news_come_before_good_ones(result):
-    ratios = {"fastft": Spread(1.5, 1.4, 1.6, 9), "other": Spread(0.5, 0.4, 0.6, 9)}
-    first, second, third = compare_report.verdict(result.parity, ratios)
+    runs = {
+        "fastft": planted_times(result, 1.5, Spread(1.5, 1.4, 1.6, 9)),
+        "other": planted_times(result, 0.5, Spread(0.5, 0.4, 0.6, 9)),
+    }
+    first, second, third = compare_report.verdict(result.parity, runs)
     assert first.startswith("other is SLOWER") and second.startswith("fastft trains") and third.startswith("Its logits")
+
+
+def test_no_kernel_at_all_comes_before_good_news(result):
+    parity = dataclasses.replace(result.parity, calls={})
+    first, second = compare_report.verdict(parity, {"fastft": planted_times(result, 1.5, Spread(1.5, 1.4, 1.6, 9))})
+    assert first == "NONE of fastft's kernels ran here: every call is too small to gain."
+    assert second.startswith("fastft trains")
+
+
+def planted_times(result, speedup, ratio):
+    return dataclasses.replace(result.times["fastft"], speedup=speedup, ratio=ratio)
 
 
 # ---- what is written
@@ -271,7 +282,7 @@ def test_json_holds_everything_that_was_measured(result, folder):
     assert set(written["numbers"]) == {"logits", "loss", "gradients", "budget_exceeded"}
     for variant in written["variants"].values():
         assert set(variant) == {
-            *("step", "faster_than_stock", "mean", "phases", "tokens_per_s", "memory", "projected"),
+            *("step", "step_times_as_fast", "mean", "times_as_fast", "phases", "tokens_per_s", "memory", "projected"),
         }
         assert set(variant["step"]) == {"median", "low", "high", "rounds"}
         assert set(variant["memory"]) == {"kept", "step"}

@@ -155,16 +155,20 @@ def test_counts_say_what_each_step_did():
         "unicode": 1,
         "html": 2,
         "urls": 1,
-        "white_space": 3,
+        "white_space": 2,
         "lower_case": 2,
         "empty": 1,
         "duplicates": 1,
         "conflicts": 1,
     }
-    assert prepared.conflicts == ["'plain' is 'n' (data, row 3) and 'p' (data, row 5)"]
+    assert prepared.conflicts == ["'plain' is 'n' (row 3) and 'p' (row 5)"]
     assert prepared.examples.place(5) == "data, row 7", "examples keep their places"
     lines = prepared.lines()
-    assert len(lines) == 10 and "1 exact duplicates left out" in lines and "links cut to their host in 1 texts" in lines
+    assert (
+        len(lines) == 10
+        and "exact duplicates, left out: 1" in lines
+        and "texts with links, cut to the host: 1" in lines
+    )
 
 
 def test_a_text_with_two_labels_is_kept_with_each_of_them():

@@ -106,7 +106,7 @@ def test_kills_within_a_step_and_within_a_write_change_no_bit(job, undisturbed, 
     second = finetune(job, output, "--resume", before=functools.partial(save_often, kill))
     assert second.status == -signal.SIGKILL and "from step 6, epoch 1" in second.out
     last = finetune(job, output, "--resume")
-    assert last.status == 0, last.err
+    assert last.status == 0 and last.err == ""
     assert "from step 25, epoch 2" in last.out
     assert_same_run(output, undisturbed)
 
@@ -189,7 +189,7 @@ def test_full_disk_is_one_sentence_and_loses_nothing(job, undisturbed, tmp_path)
     output = tmp_path / "output"
     kill = functools.partial(signal_at_step, signal.SIGKILL, 9)
     assert finetune(job, output, before=functools.partial(save_often, kill)).status == -signal.SIGKILL
-    for free in (150_000, 70_000, 2_000):  # less than a state, than the weights, than the record of the run
+    for free in (150_000, 2_000):  # less than a state, than the smallest file
         full = finetune(job, output, "--resume", before=functools.partial(full_disk, free))
         assert full.status == 2
         assert full.err.startswith(f"fastft: --output '{output}': the disk is full; nothing that was saved is lost")

@@ -1,6 +1,7 @@
 """The timer, the machine's peak, and what benchmarks make of them. No test here depends on how fast anything is."""
 
 import argparse
+import dataclasses
 import json
 import subprocess
 import sys
@@ -12,10 +13,11 @@ import torch
 from benchmarks import report, step
 from fastft import _library
 from fastft.testing import all_specs, timing
-from fastft.testing.measure import PASSES, measure, paths
+from fastft.testing.measure import PASSES, Measurement, measure, paths
 from fastft.testing.timing import BeatsPeak, Comparison, Peaks, Spread, compare, kept_for_backward
 
 SPECS = all_specs()
+FLOAT = torch.float32
 
 
 def peaks(**rates):
@@ -56,6 +58,13 @@ def test_garbage_collection_is_on_again_after_an_exception():
     with pytest.raises(ZeroDivisionError):
         compare({"broken": lambda: 1 / 0})
     assert gc.isenabled()
+
+
+def test_a_budget_leaves_three_rounds_at_least():
+    pause = {"pause": lambda: time.sleep(0.002)}
+    assert compare(pause, rounds=50, budget_s=0.0)["pause"].rounds == 3
+    assert compare(pause, rounds=50, budget_s=0.05)["pause"].rounds < 50
+    assert compare(pause, rounds=5)["pause"].rounds == 5
 
 
 # ---- peak
@@ -113,6 +122,42 @@ def test_without_a_floor_there_is_no_share():
     assert peaks(float32=0, bfloat16=0).share(1e9, 0, 1.0, torch.float32) is None
 
 
+def measured_as(fastft, torch, rounds=3):
+    """A Measurement of which only the times matter."""
+    spread = {"fastft": Spread(fastft, fastft, fastft, rounds), "torch": Spread(torch, torch, torch, rounds)}
+    ratio = Spread(torch / fastft, torch / fastft, torch / fastft, rounds)
+    return Measurement(
+        "linear_act",
+        "64x64->64",
+        "forward",
+        FLOAT,
+        "avx2",
+        **spread,
+        ratio=ratio,
+        alone=None,
+        flops=0,
+        bytes=0,
+        kept=None,
+    )
+
+
+@pytest.mark.parametrize(
+    ("fastft", "torch", "slower"),
+    (
+        (1.029e-3, 1e-3, False),
+        (1.031e-3, 1e-3, True),
+        (109e-6, 99.5e-6, False),
+        (110e-6, 99.5e-6, True),
+        (104e-6, 100e-6, True),
+        (12e-6, 3e-6, False),
+        (14e-6, 3e-6, True),
+        (1e-6, 3e-6, False),
+    ),
+)
+def test_never_slower_is_a_ratio_where_calls_are_long_and_a_check_where_they_are_short(fastft, torch, slower):
+    assert measured_as(fastft, torch).slower == slower
+
+
 # ---- memory
 
 
@@ -137,6 +182,7 @@ def test_every_pass_of_an_op_can_be_measured(spec):
         json.dumps(row.as_dict())
     assert measured["train"].flops == measured["forward"].flops + measured["backward"].flops
     assert measured["train"].kept[0] > 0
+    assert not _library.available() or all(row.alone.median > 0 for row in measured.values())
 
 
 def test_the_wrong_gradient_is_refused():
@@ -193,6 +239,33 @@ def test_the_readme_changes_between_its_markers_only(saved):
     assert f"results/{saved.name}/step.png" in text
 
 
+def grid_rows():
+    rows = []
+    for fastft, torch_s in ((1e-3, 2e-3), (2e-3, 1e-3)):
+        row = measured_as(fastft, torch_s)
+        shares = dict.fromkeys(("alone", "fastft", "torch"))
+        rows.append({**row.as_dict(), "isa": "avx2", "slower": row.slower, "shares": shares})
+    return rows
+
+
+def test_the_grid_shows_where_we_are_slower_and_keeps_the_rest(tmp_path):
+    results = {"benchmark": "grid", "conditions": timing.conditions(), "peaks": {}, "rows": grid_rows()}
+    text = report.render(results)
+    assert text.splitlines()[2].startswith("| linear_act | 64x64->64 | forward | float32 | avx2   | 2 ± 0.0%")
+    assert "1 of 2 cells are slower than allowed" in text and text.count("64x64->64") == 1
+    report.plot(results, tmp_path / "grid.png")
+    assert (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_every_cell_of_a_grid_can_be_made(spec):
+    gridded = dataclasses.replace(spec, samples=spec.grid)
+    sizes = [spec.sizes(**spec.named(sample)) for sample in gridded.outline()]
+    assert len(set(sizes)) == len(sizes) >= 20
+    row = measure(gridded, 0, torch.float32, "forward", rounds=1, op_only=True)
+    assert row.alone is None and row.kept is None and row.sample == gridded.outline()[0].why
+
+
 @pytest.mark.parametrize("text", ("", report.BEGIN, f"{report.END}{report.BEGIN}", f"{report.BEGIN}{report.END}" * 2))
 def test_a_readme_without_its_markers_is_left_alone(saved, text):
     readme = saved.parent.parent / "README.md"
@@ -204,5 +277,5 @@ def test_a_readme_without_its_markers_is_left_alone(saved, text):
 
 def test_every_benchmark_is_listed():
     listed = subprocess.run([sys.executable, "-m", "benchmarks"], capture_output=True, text=True, check=True).stdout
-    for name in ("ops", "step", "report"):
+    for name in ("ops", "scaling", "step", "report"):
         assert f"python -m benchmarks.{name} " in listed

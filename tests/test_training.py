@@ -3,6 +3,7 @@
 import errno
 import json
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,13 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from sklearn import metrics as sklearn_metrics
+from sklearn.utils.class_weight import compute_class_weight
 from tiny import make_checkpoint, make_reviews
-from transformers import AutoConfig, AutoTokenizer, BertConfig, BertModel
+from transformers import AutoConfig, AutoTokenizer, BertConfig, BertModel, Trainer, TrainingArguments
 
 import fastft
 from fastft.functional._choice import use_backend
-from fastft.training import checkpoint, data, tokens
+from fastft.training import data, files, tokens, trainer
 from fastft.training.classifier import TextClassifierConfig
 
 REVIEWS = make_reviews(300, seed=0)
@@ -55,12 +58,15 @@ def test_epoch_loss_is_the_mean_over_examples(result):
 
 def test_folder_holds_what_the_result_says(result):
     names = {path.name for path in result.output.iterdir()}
-    assert {"model.safetensors", "config.json", "tokenizer.json", "learning_curves.png", "run.json"} <= names
+    assert {"model.safetensors", "config.json", "tokenizer.json", "preprocessing.json", "run.json"} <= names
+    assert {"learning_curves.png", "confusion_matrix.png"} <= names
+    assert len({path.stat().st_mode for path in result.output.iterdir()}) == 1, "who may read one may read all"
     assert not [name for name in names if name.startswith(".")], "something unfinished was left"
     assert json.loads((result.output / "metrics.json").read_text()) == result.metrics
     assert [json.loads(line) for line in (result.output / "history.jsonl").open()] == result.history
     record = json.loads((result.output / "run.json").read_text())
     assert record["options"]["learning_rate"] == 3e-3 and record["data"]["validation"]["examples"] == 30
+    assert record["epoch"] == result.epoch == 2 and record["preprocessing"]["duplicates"] == 0
     assert (record["kernels"] is None) == record["options"]["stock"]
 
 
@@ -86,7 +92,14 @@ def test_labels_are_saved_by_name_under_the_class_of_transformers(result):
 
 
 def test_prints_facts_epochs_and_scores(result):
-    for expected in ("270 examples to train on, 30 to validate", "negative (135), positive (135)", "accuracy", "f1"):
+    said = ("270 examples to train on, 30 to validate", "negative (135), positive (135)", "accuracy", "f1", "weighted")
+    for expected in (
+        *said,
+        "duplicates, left out: 0",
+        "0 texts cut to 64",
+        "of the tokens are padding",
+        "predicted as",
+    ):
         assert expected in str(result)
 
 
@@ -110,7 +123,14 @@ def test_same_seed_gives_the_same_bits(model, tmp_path, stock):
 
 
 @pytest.mark.parametrize(
-    "options", [{"head": "cls"}, {"dtype": "bfloat16"}, {"schedule": "cosine", "clip": 0}], ids=str
+    "options",
+    [
+        {"head": "cls"},
+        {"dtype": "bfloat16"},
+        {"schedule": "cosine", "clip": 0},
+        {"class_weights": "balanced", "label_smoothing": 0.1},
+    ],
+    ids=str,
 )
 def test_variants_learn(model, tmp_path, options):
     assert train(model, tmp_path / "output", **options).metrics["accuracy"] > 0.9
@@ -147,6 +167,71 @@ def test_quiet_prints_nothing(model, tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+# ---- losses, penalties, early stopping
+
+
+def test_balanced_weights_are_those_of_scikit_learn():
+    labels = ["a"] * 5 + ["b"] * 2 + ["c"] * 13
+    counts = data.load((["text"] * len(labels), labels)).counts()
+    assert trainer.balanced(counts) == list(compute_class_weight("balanced", classes=np.array(list(counts)), y=labels))
+
+
+@pytest.mark.parametrize("stock", [True, False], ids=["stock", "fastft"])
+def test_loss_has_weights_and_smoothing(stock):
+    options = {"stock": stock, "class_weights": "balanced", "label_smoothing": 0.2}
+    loss = trainer.criterion(options, {"a": 1, "b": 3}, torch.device("cpu"))
+    logits, targets = torch.tensor([[0.3, -1.0], [2.0, 0.5], [0.0, 1.0]]), torch.tensor([0, 1, 1])
+    expected = torch.nn.functional.cross_entropy(logits, targets, torch.tensor([2, 2 / 3]), label_smoothing=0.2)
+    assert loss(logits, targets) == expected
+    neutral = {"stock": stock, "class_weights": None, "label_smoothing": 0}
+    assert trainer.criterion(neutral, {"a": 1, "b": 3}, torch.device("cpu")) is None
+
+
+def test_l1_is_a_proximal_step_on_weights_only():
+    layer = torch.nn.Linear(2, 2)
+    penalty = trainer.L1(0.5, layer, Trainer(layer, TrainingArguments(report_to="none", use_cpu=True)))
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[1.0, -1.0], [0.04, -0.06]]))
+        layer.bias.fill_(0.01)
+    penalty.on_optimizer_step(None, None, None, torch.optim.SGD([layer.weight], lr=0.1))
+    expected = torch.tensor([[1.0, -1.0], [0.04, -0.06]]).sign() * torch.tensor([[0.95, 0.95], [0, 0.01]])
+    assert (layer.weight - expected).abs().max() <= torch.finfo(torch.float32).eps and layer.weight[1, 0] == 0
+    assert (layer.bias == 0.01).all() and penalty.zeros() == 0.25
+
+
+def test_l1_makes_weights_zero_and_says_how_many(model, tmp_path):
+    run = train(model, tmp_path / "output", l1=2.0, epochs=1, stock=True)
+    weights = load_file(run.output / "model.safetensors")
+    decayed = {name: weight for name, weight in weights.items() if "LayerNorm" not in name and "bias" not in name}
+    share = sum(int((w == 0).sum()) for w in decayed.values()) / sum(w.numel() for w in decayed.values())
+    assert share > 0.05 and f"{share:.1%} of the weights are zero" in str(run)
+
+
+def test_patience_stops_early_and_keeps_the_best_epoch(model, tmp_path):
+    options = {"epochs": 12, "patience": 2, "learning_rate": 1e-2, "weight_decay": 0.0, "stock": True}
+    run = train(model, tmp_path / "output", **options)
+    losses = [record["validation_loss"] for record in run.history]
+    assert run.epoch == 1 + losses.index(min(losses)) == len(losses) - 2 < 10
+    assert run.metrics["loss"] == min(losses)
+    assert run.metrics["accuracy"] == run.history[run.epoch - 1]["validation_accuracy"]
+    found = fastft.evaluate(run.output, validation_part(), quiet=True)
+    assert (found.predictions == run.predictions).all()
+
+
+def validation_part():
+    _, held_out = data.split(data.load(REVIEWS), 0.1, seed=0)
+    return held_out.texts, held_out.labels
+
+
+def test_texts_are_cleaned_before_the_split_and_lower_cased_on_demand(model, tmp_path):
+    texts, labels = REVIEWS
+    run = train(
+        model, tmp_path / "output", ([*texts, f"<p>{texts[0].upper()}</p>"], [*labels, labels[0]]), lower_case=True
+    )
+    assert "duplicates, left out: 1" in str(run) and len(run.predictions) == 30
+    assert json.loads((run.output / "preprocessing.json").read_text())["lower_case"] is True
+
+
 # ---- what is refused
 
 
@@ -163,6 +248,10 @@ def test_quiet_prints_nothing(model, tmp_path, capfd):
         ({"seed": -1}, "finetune: seed=-1; a whole number from 0 to 4294967295"),
         ({"head": "mean"}, "finetune: head='mean' is none of pooler, cls"),
         ({"schedule": "step"}, "finetune: schedule='step' is none of linear, cosine, constant"),
+        ({"l1": -1}, "finetune: l1=-1; a number from 0 is needed"),
+        ({"label_smoothing": 1}, "finetune: label_smoothing=1; a number from 0 to below 1 is needed"),
+        ({"patience": 0}, "finetune: patience=0; None or a whole number from 1 is needed"),
+        ({"class_weights": "inverse"}, "finetune: class_weights='inverse' is none of None, balanced"),
         ({"dtype": "float16"}, "finetune: dtype='float16' is none of auto, float32, bfloat16"),
         ({"text": "review"}, "data: text='review', label=None name columns of a file, not of a pair"),
         ({"reviews": 7}, "data is a int; a path or a pair (texts, labels) is needed"),
@@ -177,8 +266,11 @@ def test_quiet_prints_nothing(model, tmp_path, capfd):
         ),
         ({"reviews": (["a", "b"], [1, 1])}, "data: every label is '1', two different ones are needed"),
         ({"reviews": (["a", "b", "c"], [0, 0, 1])}, "data: the label '1' has one example"),
-        ({"reviews": (["a"] * 10, [0, 1] * 5)}, "validation_share=0.1 puts 1 of 10 examples aside, but each part"),
-        ({"validation": (["a"], ["mixed"])}, "validation: example 0 has the label 'mixed', which the training data"),
+        (
+            {"reviews": (list("abcdefghij"), [0, 1] * 5)},
+            "validation_share=0.1 puts 1 of 10 examples aside, but each part",
+        ),
+        ({"validation": (["a"], ["mixed"])}, "validation, row 0: the label 'mixed' is none that the training data has"),
         ({"validation": "nowhere.csv"}, "nowhere.csv does not exist"),
         ({"model": "/no/such/model"}, "model='/no/such/model' cannot be loaded: "),
     ],
@@ -199,6 +291,41 @@ def test_refuses_a_folder_that_is_not_empty(model, tmp_path):
     assert (tmp_path / "notes.txt").read_text() == "mine"
     with pytest.raises(FileExistsError, match="is a file, not a folder"):
         train(model, tmp_path / "notes.txt")
+
+
+def test_refuses_the_folder_of_the_model_as_output(model):
+    with pytest.raises(ValueError, match="is the folder of the model itself"):
+        train(model, model, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("config.json", lambda old: b"{"),
+        ("config.json", lambda old: b"[]"),
+        ("model.safetensors", lambda old: old[: len(old) // 2]),
+        ("model.safetensors", lambda old: b""),
+        ("tokenizer.json", lambda old: old[: len(old) // 2]),
+    ],
+)
+def test_damaged_model_folder_is_one_sentence(model, tmp_path, name, change):
+    damaged = shutil.copytree(model, tmp_path / "model")
+    (damaged / name).write_bytes(change((damaged / name).read_bytes()))
+    with pytest.raises(ValueError) as caught:
+        train(damaged, tmp_path / "output")
+    assert str(caught.value).startswith(f"model='{damaged}' cannot be loaded: ") and "\n" not in str(caught.value)
+    assert not (tmp_path / "output").exists()
+
+
+def test_code_of_a_checkpoint_is_never_run(model, tmp_path):
+    foreign = shutil.copytree(model, tmp_path / "model")
+    config = json.loads((foreign / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}
+    (foreign / "config.json").write_text(json.dumps(config))
+    (foreign / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Config: pass\n")
+    with pytest.raises(ValueError, match="cannot be loaded: "):
+        train(foreign, tmp_path / "output")
+    assert not (tmp_path / "ran").exists()
 
 
 def test_refuses_a_checkpoint_without_all_of_its_encoder(model, tmp_path):
@@ -264,8 +391,9 @@ def test_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
         path.write_bytes(content[: len(content) // 2].encode())
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    checkpoint.write_json(tmp_path / "a.json", {"epoch": 1})
+    files.write_json(tmp_path / "a.json", {"epoch": 1})
     monkeypatch.setattr(Path, "write_text", half)
     with pytest.raises(OSError, match="No space left"):
-        checkpoint.write_json(tmp_path / "a.json", {"epoch": 2})
+        files.write_json(tmp_path / "a.json", {"epoch": 2})
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
     assert json.loads((tmp_path / "a.json").read_text()) == {"epoch": 1}

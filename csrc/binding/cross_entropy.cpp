@@ -51,8 +51,8 @@ CrossEntropyBackward<T, W> backward_args(const std::optional<Tensor>& grad_input
   const auto [N, C, S, stats_of_row, indices] = Sizes(input, target, label_smoothing);
   if (indices && grad_target) refuse("grad_target", "does not exist for class indices");
   if (reduction == kMean && !divisor) refuse("divisor", "is missing");
-  return {pointer<T>(grad_input, "grad_input", {N, C, S}),
-          pointer<W>(grad_target, "grad_target", {N, C, S}),
+  return {fresh<T>(grad_input, "grad_input", {N, C, S}),
+          fresh<W>(grad_target, "grad_target", {N, C, S}),
           reduction == kNone ? pointer<const W>(grad_output, "grad_output", {N, S})
                              : pointer<const W>(grad_output, "grad_output", {}),
           pointer<const Statistic<T>>(stats, "stats", {stats_of_row, N, S}),

@@ -165,72 +165,61 @@ constexpr bool kFused = false;
 #endif
 
 template <class S>
-struct ExpConstants {  // those of float
+struct ExpConstants {  // float's
   static constexpr float log2_e = 1.44269504f, ln2 = 0.693147181f, ln2_high = 0.693145752f, ln2_low = 1.42860677e-6f;
-  static constexpr float magic = 12582912.f;                     // 1.5 * 2^23 leaves a whole number in the low bits
-  static constexpr int mantissa = 23, lowest = -125, highest = 60;  // the least normal number is 2^(lowest - 1)
+  static constexpr float magic = 12582912.f;  // 1.5 * 2^23 leaves a whole number in the low bits
+  static constexpr int mantissa = 23, bias = 127;
 };
 template <>
 struct ExpConstants<double> {
   static constexpr double log2_e = 1.4426950408889634, ln2 = 0.6931471805599453, ln2_high = 6.93147180369123816490e-1,
                           ln2_low = 1.90821492927058770002e-10;
   static constexpr double magic = 6755399441055744.;
-  static constexpr int mantissa = 52, lowest = -1021, highest = 900;
+  static constexpr int mantissa = 52, bias = 1023;
 };
 
-// exp(x) 2^-shift f = p(r) (f 2^(n - shift)) with n = round(x / ln 2), r = x - n ln 2, p a fit of exp on |r| <= ln 2 / 2:
-// a whole number is added to f's exponent, and that is all it takes to have sums that do not overflow, or a factor.
-// shift is whole, |shift| < 2^20. Right while 2^(n - shift) f is a normal number; of NaN, NaN, of infinity, anything.
+// exp(x) f = p(r) (2^n f) with n = round(x / ln 2), r = x - n ln 2, p a fit of exp on |r| <= ln 2 / 2: n is added to the
+// exponent of f. Right while 2^n f is a normal number; NaN of NaN, anything of an infinite x.
+// kRough: 2^-13.7 of the result, for one that becomes a bf16; else 1.9 ulp, in fp64 1.4.
+template <bool kRough, class F>
+FASTFT_INLINE F exp_times(F x, F f) {
+  using C = ExpConstants<Scalar<F>>;
+  const F t = x * C::log2_e + C::magic, n = t - C::magic;
+  // A fused product is exact before the difference, and a float's ln 2 is by chance good to 2^-28.
+  const F r = kFused && !kIsDouble<F> ? x - n * C::ln2 : (x - n * C::ln2_high) - n * C::ln2_low;
+  F p;
+  if constexpr (kIsDouble<F>)  // 2^-55 of exp(r)
+    p = polynomial(r, 2.0924980368963972e-9, 2.5111368173849367e-8, 2.7557058872703171e-7, 2.7557229279732565e-6,
+                   2.4801587557971713e-5, 1.984126990328752e-4, 1.3888888888778212e-3, 8.3333333333139199e-3,
+                   4.1666666666666824e-2, 0.16666666666666688, 0.5, 1., 1.);
+  else if constexpr (kRough)
+    p = polynomial(r, 0.165673286f, 0.504966736f, 1.00016439f, 0.999927938f);
+  else  // 2^-23
+    p = polynomial(r, 8.52443837e-3f, 4.19551842e-2f, 0.16664657f, 0.499984801f, 1.00000036f, 1.00000012f);
+  return p * bit_cast<F>(bit_cast<Bits<F>>(f) + (bit_cast<Bits<F>>(t) << C::mantissa));
+}
+
+// The least x for which exp_times(x, f) is right, where f = m 2^exponent, 1 <= m < 2; the largest is -lowest_exp.
 template <class F>
-struct ShiftedExp {
-  using S = Scalar<F>;
-  using C = ExpConstants<S>;
-  F magic;
-
-  FASTFT_INLINE explicit ShiftedExp(F shift) : magic(C::magic - shift) {}
-
-  // The shift that brings exp(x) to 2^-1/2 ... 2^1/2
-  static FASTFT_INLINE F shift(F x) { return (x * C::log2_e + C::magic) - C::magic; }
-
-  // The logits, from one to the other, for which f = 1 is right, and sums of 2^60 terms are finite.
-  static FASTFT_INLINE F low(F shift) { return (shift + C::lowest) * C::ln2; }
-  static FASTFT_INLINE F high(F shift) { return (shift + C::highest) * C::ln2; }
-
-  static FASTFT_INLINE bool reaches(S x) { return -5e5f < x && x < 5e5f; }
-
-  // kRough: 2^-13.7 of the result, for a bf16; else 1.9 ulp
-  template <bool kRough>
-  FASTFT_INLINE F times(F x, F f) const {
-    const F t = x * C::log2_e + magic, n = t - magic;
-    // A fused product is exact before the difference, and a float's ln 2 is by chance good to 2^-28.
-    const F r = kFused && !kIsDouble<F> ? x - n * C::ln2 : (x - n * C::ln2_high) - n * C::ln2_low;
-    F p;
-    if constexpr (kIsDouble<F>)
-      p = polynomial(r, 2.0924980368963972e-9, 2.5111368173849367e-8, 2.7557058872703171e-7, 2.7557229279732565e-6,
-                     2.4801587557971713e-5, 1.984126990328752e-4, 1.3888888888778212e-3, 8.3333333333139199e-3,
-                     4.1666666666666824e-2, 0.16666666666666688, 0.5, 1., 1.);
-    else if constexpr (kRough)
-      p = polynomial(r, 0.165673286f, 0.504966736f, 1.00016439f, 0.999927938f);
-    else
-      p = polynomial(r, 8.52443837e-3f, 4.19551842e-2f, 0.16664657f, 0.499984801f, 1.00000036f, 1.00000012f);
-    return p * bit_cast<F>(bit_cast<Bits<F>>(f) + (bit_cast<Bits<F>>(t) << C::mantissa));
-  }
-};
+FASTFT_INLINE F lowest_exp(F exponent) {
+  using C = ExpConstants<Scalar<F>>;
+  return (2 - C::bias - exponent) * C::ln2;
+}
 
 // e of a normal number m 2^e, 1 <= |m| < 2
 template <class F>
 FASTFT_INLINE F exponent_of(F x) {
   using C = ExpConstants<Scalar<F>>;
   const Bits<F> biased = bit_cast<Bits<F>>(abs(x)) >> C::mantissa;
-  return bit_cast<F>(biased + bit_cast<Bits<F>>(splat<F>(C::magic))) - (C::magic + (2 - C::lowest));
+  return bit_cast<F>(biased + bit_cast<Bits<F>>(splat<F>(C::magic))) - (C::magic + C::bias);
 }
 
 // exp(x) for x <= 0; in fp64, where the C library is slow, 0 if that is below the normal numbers
 template <class F>
 FASTFT_INLINE F exp_below_0(F x) {
   if constexpr (kIsDouble<F>) {
-    const double low = ShiftedExp<double>::low(0);
-    const F y = ShiftedExp<F>(F{}).template times<false>(x < low ? splat<F>(low) : x, splat<F>(1));
+    const double low = lowest_exp(0.);
+    const F y = exp_times<false>(x < low ? splat<F>(low) : x, splat<F>(1));
     return x < low ? F{} : y;
   } else {
     return exp_below_90(x);

@@ -19,15 +19,21 @@ namespace {
 
 constexpr int kBlock = 16;                // values of a lane that share one look at the maximum
 constexpr int kChunk = 64;                // registers of logits that share one look at their range: 4 KB, in L1
+constexpr int64_t kShort = 512;           // classes up to which rows are added up L at a time
 constexpr int64_t kTaskLogits = 1 << 15;  // of a task: about 10 us, ten times what handing it out costs
+constexpr int kFar = 60;                  // exponents of the factors that a gradient may be made with
 constexpr size_t kCached = 16 << 20;      // bytes of a gradient from which on its readers will not find it in a cache
+
+template <class F>
+constexpr F kLargest = sizeof(F) == 8 ? F(1.7976931348623157e308) : F(3.4028234e38f);
+template <class F>
+constexpr F kRoom = 40;  // exp(40) = 2^58 in a sum of as many terms as memory holds is far from infinite
 
 // What a lane knows of the values it has seen: the maximum, the sum of exp(x - max), the sums of k (x - max) and of k.
 template <bool kSoft, class F>
 struct Online {
   using V = Vec<F>;
-  static constexpr F kLargest = sizeof(F) == 8 ? F(1.7976931348623157e308) : F(3.4028234e38f);
-  V max = broadcast(-kLargest), sum = {}, dot = {}, mass = {};  // not -infinity, which minus itself is NaN
+  V max = broadcast(-kLargest<F>), sum = {}, dot = {}, mass = {};  // not -infinity, which minus itself is NaN
   bool empty = true;
 
   // x(i) and k(i), i < n: the next n values of each lane.
@@ -151,6 +157,9 @@ struct Rows {
 
   V soft(V q, V w) const { return (share + rest * q) * w; }
 
+  // Elements from p, behind its first one, to where registers are streamed to.
+  static int64_t to_line(const T* p) { return int64_t(kVectorBytes - uintptr_t(p) % kVectorBytes) / int64_t(sizeof(T)); }
+
   // ---- along: a register of classes from c on
   V q_along(int64_t at, int64_t c) const { return p.q ? load(p.q + at + c) : V{}; }
   V w_along(int64_t c) const { return p.w ? load(p.w + c) : broadcast(F(1)); }
@@ -192,21 +201,60 @@ struct Totals {
   Vec<F> max, more, dot, mass;  // the sum of exp(x - max) is 1 + more: near 1, its logarithm would be lost
 };
 
-template <bool kSoft, class R>
-void add_along(const R& rows, int64_t at, int64_t c, int64_t end, Online<kSoft, typename R::F>& online) {
+template <class R>
+Totals<typename R::F> along_soft(const R& rows, int64_t at) {
   using F = typename R::F;
   constexpr int L = R::L;
   const auto* const x = rows.p.x + at;
   const auto soft_at = [&](int64_t c) { return rows.soft(rows.q_along(at, c), rows.w_along(c)); };
+  Online<true, F> online;
+  int64_t c = 0;
   const auto value = [&](int i) { return load(x + c + i * L); };
   const auto soft = [&](int i) { return soft_at(c + i * L); };
-  for (; c + kBlock * L <= end; c += kBlock * L) online.add(kBlock, value, soft);
-  if (const int registers = int((end - c) / L)) online.add(registers, value, soft);
-  if (const int rest = int((end - c) % L)) {  // the last register overlaps what has been seen
-    Bits<Vec<F>> lane;
-    for (int i = 0; i < L; ++i) lane[i] = i;
-    online.add_some(lane + rest >= L, load(x + end - L), soft_at(end - L));
+  for (; c + kBlock * L <= rows.C; c += kBlock * L) online.add(kBlock, value, soft);
+  if (const int registers = int((rows.C - c) / L)) online.add(registers, value, soft);
+  if (const int rest = int(rows.C % L))  // the last register overlaps what has been seen
+    online.add_some(lanes<F>() + rest >= L, load(x + rows.C - L), soft_at(rows.C - L));
+  online.raise(max_lanes<F>(online.max));
+  return {online.max, sum_lanes<F>(online.sum) - 1, sum_lanes<F>(online.dot), sum_lanes<F>(online.mass)};
+}
+
+// exp(x) factor, or the least normal number where it is below that: nothing beside a sum's 1
+template <bool kRough, class V>
+inline V exp_or_least(V x, V factor, V low) {
+  return exp_times<kRough>(x < low ? low : x, factor);
+}
+
+// Short rows, two passes over what L1 holds. A row's maximum and sum are spread over a register until the rows of a
+// group are folded together.
+template <class R>
+Totals<typename R::F> along_short(const R& rows, const Group& g) {
+  using F = typename R::F;
+  using V = Vec<F>;
+  constexpr int L = R::L;
+  const int64_t C = rows.C;
+  const int rest = int(C % L);
+  V tops[L] = {}, sums[L] = {};
+  for (int r = 0; r < g.rows; ++r) {
+    const auto* const x = rows.p.x + g.at + r * C;
+    V top = load(x + C - L);
+    for (int64_t c = 0; c + L <= C; c += L) top = larger(load(x + c), top);
+    tops[r] = top;
   }
+  alignas(kVectorBytes) F max[L];
+  store(max, fold_rows<F>(tops, [](V a, V b) { return larger(a, b); }));
+  const V low = lowest_exp(V{}), one = broadcast(F(1));
+  for (int r = 0; r < g.rows; ++r) {
+    const auto* const x = rows.p.x + g.at + r * C;
+    const V m = broadcast(max[r]);
+    V sum = {};
+    for (int64_t c = 0; c + L <= C; c += L) sum += exp_or_least<false>(load(x + c) - m, one, low);
+    if (rest)  // the last register overlaps what has been seen
+      sum += lanes<F>() + rest >= L ? exp_or_least<false>(load(x + C - L) - m, one, low) : V{};
+    sums[r] = sum;
+  }
+  const V unit = exp_or_least<false>(V{}, one, low), total = fold_rows<F>(sums, [](V a, V b) { return a + b; });
+  return {load(max), (total - unit) / unit, V{}, V{}};
 }
 
 // The least and the largest of the words of logits, lane by lane. Of signed words the largest is the largest logit if
@@ -233,81 +281,73 @@ struct Range {
     return max_lanes<F>(outside)[0] == 0;
   }
   V largest() const {  // of all, in every lane
-    V top = part<T>(max(), 0);
-    for (int i = 1; i < kParts<T>; ++i) top = part<T>(max(), i) > top ? part<T>(max(), i) : top;
-    return max_lanes<F>(top);
+    V largest = part<T>(max(), 0);
+    for (int i = 1; i < kParts<T>; ++i) largest = larger(part<T>(max(), i), largest);
+    return max_lanes<F>(largest);
   }
 };
 
-// Logits within 2^highest of the first ones' maximum are added up as they come, in one pass; a chunk that holds others
-// goes the long way.
-template <class R>
-Totals<typename R::F> along(const R& rows, int64_t at) {
-  using T = typename R::Logit;
-  using F = typename R::F;
+// Long rows, one pass: logits are added up relative to a guess at their maximum, which is mended where it turns out far
+// too low. With the target's logit in the guess, rounding the differences costs less than an ulp of the loss.
+template <bool kRough, class T>
+struct Running {
+  using F = Compute<T>;
   using V = Vec<F>;
-  constexpr int P = kLanes<T>;
-  constexpr bool kRough = sizeof(typename R::Parameter) == 2;
-  const T* const x = rows.p.x + at;
-  const int64_t C = rows.C;
-  const Words<T> first = load_words(x);
-  const V start = Range<T>(first).largest(), one = broadcast(F(1));
-  Online<false, F> online;
-  V sum = {};
-  Range<T> all(first);
-  const V shift = ShiftedExp<V>::shift(start);
-  const ShiftedExp<V> exp(shift);
-  const V low = ShiftedExp<V>::low(shift), high = ShiftedExp<V>::high(shift);
-  if (ShiftedExp<V>::reaches(start[0])) {
-    int64_t c = 0;
-    for (int n; (n = int((C - c) / P)) > 0; c += n * P) {
-      n = n < kChunk ? n : kChunk;
-      Range<T> range(load_words(x + c));
-      V sums[kParts<T>] = {};
-      for (int i = 0; i < n; ++i) {
-        const Words<T> words = load_words(x + c + i * P);
-        range.add(Range<T>(words));
-#pragma GCC unroll 2
-        for (int k = 0; k < kParts<T>; ++k) sums[k] += exp.template times<kRough>(part<T>(words, k), one);
-      }
-      if (!range.within(low, high)) {
-        add_along<false>(rows, at, c, c + n * P, online);
-        continue;
-      }
-      for (int k = 0; k < kParts<T>; ++k) sum += sums[k];
-      all.add(range);
-    }
-    if (const int rest = int(C - c)) {  // the last register overlaps what has been seen
-      Words<T> seen, lane;
-      for (int i = 0; i < P; ++i) lane[i] = i, seen[i] = P - rest;
-      const auto fresh = lane >= seen;
-      const Words<T> words = fresh ? load_words(x + C - P) : first;
-      const Range<T> range(words);
-      if (range.within(low, high)) {
-        for (int k = 0; k < kParts<T>; ++k)
-          sum += (Bits<V>)part<T>((Words<T>)fresh, k) != 0 ? exp.template times<kRough>(part<T>(words, k), one) : V{};
-        all.add(range);
-      } else {
-        add_along<false>(rows, at, c, C, online);
-      }
-    }
-  } else {
-    add_along<false>(rows, at, 0, C, online);
+  V guess, sum = {};
+  Range<T> all;
+
+  Running(Words<T> first, F target)
+      : guess(larger(broadcast(-kLargest<F>), broadcast(target))), all(first) {  // -infinity minus itself is NaN
+    guess = larger(all.largest(), guess);
   }
-  const V max = all.largest(), unit = exp.template times<kRough>(max, one), total = sum_lanes<F>(sum);
-  if (online.empty) return {max, (total - unit) / unit, V{}, V{}};
-  online.raise(max_lanes<F>(max > online.max ? max : online.max));
-  const V ours = ShiftedExp<V>::reaches(start[0]) ? total / unit * exp_below_0(max - online.max) : V{};
-  return {online.max, sum_lanes<F>(online.sum) - 1 + ours, V{}, V{}};
-}
+
+  template <class At>
+  inline __attribute__((always_inline)) void add(int n, const At& words_at) {
+    const V low = lowest_exp(V{}), one = broadcast(F(1));
+    Range<T> range(words_at(0));
+    V sums[kParts<T>] = {};
+    for (int i = 0; i < n; ++i) {
+      const Words<T> words = words_at(i);
+      range.add(Range<T>(words));
+#pragma GCC unroll 2
+      for (int k = 0; k < kParts<T>; ++k) sums[k] += exp_times<kRough>(part<T>(words, k) - guess, one);
+    }
+    if (!range.within(guess + low, guess + kRoom<F>)) {  // again, with care
+      const V top = range.largest();
+      if (top[0] > guess[0] + kRoom<F>) sum *= exp_below_0(guess - top), guess = top;
+      for (int k = 0; k < kParts<T>; ++k) {
+        sums[k] = V{};
+        for (int i = 0; i < n; ++i) sums[k] += exp_or_least<kRough>(part<T>(words_at(i), k) - guess, one, low);
+      }
+    }
+    for (int k = 0; k < kParts<T>; ++k) sum += sums[k];
+    all.add(range);
+  }
+
+  Totals<F> totals() const {
+    const V max = all.largest(), low = lowest_exp(V{}), unit = exp_or_least<kRough>(max - guess, broadcast(F(1)), low);
+    return {max, (sum_lanes<F>(sum) - unit) / unit, V{}, V{}};
+  }
+};
 
 template <class R>
-Totals<typename R::F> along_soft(const R& rows, int64_t at) {
-  using F = typename R::F;
-  Online<true, F> online;
-  add_along<true>(rows, at, 0, rows.C, online);
-  online.raise(max_lanes<F>(online.max));
-  return {online.max, sum_lanes<F>(online.sum) - 1, sum_lanes<F>(online.dot), sum_lanes<F>(online.mass)};
+Totals<typename R::F> along(const R& rows, int64_t at, int64_t index) {
+  using T = typename R::Logit;
+  constexpr int P = kLanes<T>;
+  const T* const x = rows.p.x + at;
+  Running<sizeof(typename R::Parameter) == 2, T> running(load_words(x), to_float(x[index]));
+  int64_t c = 0;
+  for (int n; (n = int((rows.C - c) / P)) > 0; c += n * P) {
+    n = n < kChunk ? n : kChunk;
+    running.add(n, [&](int i) { return load_words(x + c + i * P); });
+  }
+  if (c < rows.C) {  // the last register overlaps what has been seen
+    T last[2 * P];
+    for (int i = 0; i < P; ++i) last[P + i] = from_float<T>(-kLargest<typename R::F>);
+    std::memcpy(last, x + rows.C - P, sizeof last / 2);
+    running.add(1, [&](int) { return load_words(last + (P - (rows.C - c))); });
+  }
+  return running.totals();
 }
 
 template <bool kSoft, class R>
@@ -339,6 +379,8 @@ void forward_group(const R& rows, const Group& g, const Targets<typename R::F>& 
   Totals<F> totals = {};
   if (rows.across) {
     totals = across<kSoft>(rows, g);
+  } else if (!kSoft && rows.C <= kShort) {
+    totals = along_short(rows, g);
   } else {
     for (int r = 0; r < g.rows; ++r) {
       if (t.live[r] == 0) continue;
@@ -347,7 +389,7 @@ void forward_group(const R& rows, const Group& g, const Targets<typename R::F>& 
       if constexpr (kSoft)
         row = along_soft(rows, at);
       else
-        row = along(rows, at);
+        row = along(rows, at, t.index[r]);
       totals.max[r] = row.max[0], totals.more[r] = row.more[0];
       if constexpr (kSoft) totals.dot[r] = row.dot[0], totals.mass[r] = row.mass[0];
     }
@@ -388,7 +430,7 @@ Sums forward_task(const R& rows, int64_t task) {
 template <bool kSoft, class T, class W>
 void forward(const CrossEntropyForward<T, W>& p, const Host& host) {
   using F = Compute<T>;
-  const Rows<T, W, CrossEntropyForward<T, W>, 4> rows{p};
+  const Rows<T, W, CrossEntropyForward<T, W>, kSoft ? 4 : 1> rows{p};
   Sums* const sums = scratch<Sums>(host, rows.tasks);
   parallel_for(host, rows.tasks, [&](int64_t task, int) { sums[task] = forward_task<kSoft>(rows, task); });
 
@@ -421,9 +463,8 @@ inline V grad_logits(V x, V k, const By& by) {  // x: less the maximum
   return dx;
 }
 
-// Classes c to end of a row; the last register overlaps what has been written.
 template <bool kSoft, class R, class F>
-void grad_along(const R& rows, int64_t at, int64_t c, int64_t end, const Scales<F>& by) {
+void grad_along(const R& rows, int64_t at, const Scales<F>& by) {
   using V = Vec<F>;
   const auto& p = rows.p;
   const auto step = [&](int64_t c) {
@@ -431,54 +472,38 @@ void grad_along(const R& rows, int64_t at, int64_t c, int64_t end, const Scales<
     if (p.dx) store(p.dx + at + c, grad_logits<kSoft>(x, kSoft ? rows.soft(rows.q_along(at, c), w) : V{}, by));
     if (kSoft && p.dq) store(p.dq + at + c, by.grad * rows.rest * w * (by.log_sum - x));
   };
-  for (; c + R::L <= end; c += R::L) step(c);
-  if (c < end) step(end - R::L);
+  for (int64_t c = 0; c + R::L <= rows.C; c += R::L) step(c);
+  if (rows.C % R::L) step(rows.C - R::L);  // again some that have been written
 }
 
-// A whole row, with exp(x) 2^-shift factor for exp(x - max) softmax, where logits are at least `low`.
-template <class F>
-struct Quick {
-  F shift, factor, low;
-};
+// The same without soft targets, for factors of moderate size; where exp(x - max) softmax is less than normal, it is 0.
 template <class R, class F>
-void grad_along_quickly(const R& rows, int64_t at, const Scales<F>& by, const Quick<F>& quick) {
+void grad_along_quickly(const R& rows, int64_t at, const Scales<F>& by, F lowest) {
   using T = typename R::Logit;
   using V = Vec<F>;
-  constexpr int P = kLanes<T>;
+  constexpr int P = kLanes<T>, L = R::L;
   const T* const x = rows.p.x + at;
   T* const dx = rows.p.dx + at;
-  const ShiftedExp<V> exp(broadcast(quick.shift));
-  const V factor = broadcast(quick.factor), low = broadcast(quick.low), high = broadcast(Online<false, F>::kLargest);
-  const auto registers = [&](int64_t c, int n, auto put) {
-    Range<T> range(load_words(x + c));
-    for (int i = 1; i < n; ++i) range.add(Range<T>(load_words(x + c + i * P)));
-    if (!range.within(low, high)) return grad_along<false>(rows, at, c, c + n * P, by);
-    for (int i = 0; i < n; ++i) {
-      const Words<T> words = load_words(x + c + i * P);
-      V parts[kParts<T>];
-#pragma GCC unroll 2
-      for (int k = 0; k < kParts<T>; ++k)
-        parts[k] = exp.template times<sizeof(T) == 2>(part<T>(words, k), factor);
-      put(dx + c + i * P, join<T>(parts));
-    }
+  const V max = broadcast(by.max), factor = broadcast(by.softmax), low = broadcast(lowest);
+  const auto grad = [&](V x) {
+    const V v = x - max, e = exp_times<sizeof(T) == 2>(v < low ? low : v, factor);
+    return v < low ? V{} : e;
   };
-  const auto keep = [](T* p, Words<T> words) { std::memcpy(p, &words, sizeof words); };
+  const auto grads = [&](int64_t c) {
+    const Words<T> words = load_words(x + c);
+    V parts[kParts<T>];
+#pragma GCC unroll 2
+    for (int k = 0; k < kParts<T>; ++k) parts[k] = grad(part<T>(words, k));
+    return join<T>(parts);
+  };
   int64_t c = 0;
-  if (rows.streams) {
-    registers(0, 1, keep);
-    c = int64_t(-reinterpret_cast<uintptr_t>(dx) % kVectorBytes / sizeof(T));
-    for (; c + kChunk * P <= rows.C; c += kChunk * P) registers(c, kChunk, [](T* p, Words<T> words) { stream(p, words); });
+  if (rows.streams && rows.C >= 2 * P) {
+    store_words(dx, grads(0));
+    for (c = rows.to_line(dx); c + P <= rows.C; c += P) stream(dx + c, grads(c));
   }
-  for (int n; (n = int((rows.C - c) / P)) > 0; c += n * P) registers(c, n = n < kChunk ? n : kChunk, keep);
-  if (c < rows.C) registers(rows.C - P, 1, keep);
-}
-
-template <bool kSoft, class R, class F>
-void subtract_hard(const R& rows, int64_t at, int64_t index, const Scales<F>& by) {
-  const auto& p = rows.p;
-  const Vec<F> x = broadcast(F(to_float(p.x[at + index])) - by.max);
-  p.dx[at + index] =
-      from_float<typename R::Logit>(grad_logits<kSoft>(x, rows.soft(Vec<F>{}, rows.w_across(index)), by)[0] - by.hard);
+  for (; c + P <= rows.C; c += P) store_words(dx + c, grads(c));
+  for (; c + L <= rows.C; c += L) store(dx + c, grad(load(x + c)));
+  if (c < rows.C) store(dx + rows.C - L, grad(load(x + rows.C - L)));  // again some that have been written
 }
 
 template <class R>
@@ -487,12 +512,11 @@ void clear_row(const R& rows, int64_t at) {
   constexpr int P = kLanes<T>;
   T* const dx = rows.p.dx + at;
   int64_t c = 0;
-  if (rows.streams) {
-    c = int64_t(-reinterpret_cast<uintptr_t>(dx) % kVectorBytes / sizeof(T));
-    std::memset(dx, 0, size_t(c) * sizeof *dx);
-    for (; c + P <= rows.C; c += P) stream(dx + c, Words<T>{});
+  if (rows.streams && rows.C >= 2 * P) {
+    store_words(dx, Words<T>{});
+    for (c = rows.to_line(dx); c + P <= rows.C; c += P) stream(dx + c, Words<T>{});
   }
-  std::memset(dx + c, 0, size_t(rows.C - c) * sizeof *dx);
+  std::memset(dx + c, 0, size_t(rows.C - c) * sizeof(T));
 }
 
 template <bool kSoft, class R, class V>
@@ -532,22 +556,26 @@ void backward_group(const R& rows, const Group& g) {
   const Scales<V> by = {max, log_sum, grad, hard, (hard + soft) * exp(-log_sum)};
   if (rows.across) return backward_across<kSoft>(rows, g, t, by);
 
-  constexpr bool kRough = sizeof(typename R::Logit) == 2;
-  const bool quick = !kSoft && p.dx;
-  const V shift = ShiftedExp<V>::shift(max), factor = by.softmax / ShiftedExp<V>(shift).template times<kRough>(max, broadcast(F(1)));
-  const V exponent = exponent_of(factor), low = ShiftedExp<V>::low(shift - exponent);
+  // What the targets' own gradients are: one at a time they would take as long as short rows.
+  F picked[R::L] = {}, at_target[R::L];
+  for (int r = 0; r < g.rows; ++r)
+    if (t.index[r] >= 0) picked[r] = to_float(p.x[g.at + r * rows.stride + t.index[r]]);
+  const V soft_target = kSoft ? rows.soft(V{}, load(t.weight)) : V{};
+  store(at_target, grad_logits<kSoft>(load(picked) - max, soft_target, by) - hard);
+
+  const V exponent = exponent_of(by.softmax), low = lowest_exp(exponent);
   for (int r = 0; r < g.rows; ++r) {
     const int64_t at = g.at + r * rows.stride;
     const Scales<F> of_row = {max[r], log_sum[r], grad[r], hard[r], by.softmax[r]};
     if (t.live[r] == 0) {
       if (p.dx) clear_row(rows, at);
-    } else {
-      if (quick && ShiftedExp<V>::reaches(max[r]) && -60 < exponent[r] && exponent[r] < 60)
-        grad_along_quickly(rows, at, of_row, Quick<F>{shift[r], factor[r], low[r]});
-      else
-        grad_along<kSoft>(rows, at, 0, rows.C, of_row);
-      if (p.dx && t.index[r] >= 0) subtract_hard<kSoft>(rows, at, t.index[r], of_row);
+      continue;
     }
+    if (!kSoft && p.dx && exponent[r] > -kFar && exponent[r] < kFar)
+      grad_along_quickly(rows, at, of_row, low[r]);
+    else
+      grad_along<kSoft>(rows, at, of_row);
+    if (p.dx && t.index[r] >= 0) p.dx[at + t.index[r]] = from_float<typename R::Logit>(at_target[r]);
   }
 }
 
@@ -560,7 +588,7 @@ void cross_entropy_forward(const CrossEntropyForward<T, W>& p, const Host& host)
 
 template <class T, class W>
 void cross_entropy_backward(const CrossEntropyBackward<T, W>& p, const Host& host) {
-  const Rows<T, W, CrossEntropyBackward<T, W>, kParts<T>> rows{p};
+  const Rows<T, W, CrossEntropyBackward<T, W>, 1> rows{p};
   parallel_for(host, rows.tasks, [&](int64_t task, int) {
     rows.for_groups(task, [&](const Group& g) {
       p.q || p.smoothing > 0 ? backward_group<true>(rows, g) : backward_group<false>(rows, g);

@@ -178,6 +178,20 @@ void copy_panels(typename Tile::Unit* out, Operand<T> a, int64_t M, int64_t K, i
   }
 }
 
+// Asks for part `slice` of `slices` of a task's rows of A, units [from, to) of depth, for L2: copied when the depth before it is done, they would
+// otherwise wait for memory (and for page tables, where A is transposed): 1 to 4 % of the product.
+template <class Tile, class T>
+void prefetch_rows(Operand<T> a, int64_t K, int64_t row, int64_t rows, int64_t from, int64_t to, int64_t slice,
+                   int64_t slices) {
+  const int64_t begin = from * Tile::kPair, end = K < to * Tile::kPair ? K : to * Tile::kPair;
+  // Runs along the contiguous dimension: `count` of them, from `first` on.
+  const int64_t count = a.depth_major ? end - begin : rows, length = a.depth_major ? rows : end - begin;
+  const T* const first = a.depth_major ? a.data + begin * a.stride + row : a.data + row * a.stride + begin;
+  for (int64_t i = slice * count / slices; i < (slice + 1) * count / slices; ++i)
+    for (int64_t byte = 0; byte < length * int64_t(sizeof(T)); byte += 64)
+      __builtin_prefetch(reinterpret_cast<const char*>(first + i * a.stride) + byte, 0, 2);
+}
+
 inline void prefetch_for_write(Target target, int64_t row, int64_t col, int rows, int cols) {
   if (!target.data) return;
   for (int i = 0; i < rows; ++i) {
@@ -187,6 +201,30 @@ inline void prefetch_for_write(Target target, int64_t row, int64_t col, int rows
   }
 }
 
+// In tiles over the whole depth. Copying a tile of A costs about a third of a panel's work (2 of 64 elements against kTileCols), loading a panel of B about
+// a sixth of a tile's.
+inline double task_work(double tiles, double panels) { return tiles * panels + 0.3 * tiles + 0.15 * panels; }
+
+constexpr double kPackWork = 2;  // of a panel over the whole depth: 0.5 tiles' time from L2, 2.5 from memory (Zen 4)
+
+// Packing B: a task is a chunk of the depth of a group of panels.
+struct Packing {
+  int64_t depth, panels, chunk, group;
+  Packing(int64_t depth, int64_t panels, bool depth_major, int threads)
+      : depth(depth),
+        panels(panels),
+        chunk(depth_major ? kPackDepth : kPackDepth * 8),
+        group(depth_major ? kPackPanels : 1) {
+    while (tasks() < 4 * threads && group > 1) group /= 2;  // long runs only where there is enough to share
+    while (tasks() < 4 * threads && chunk > 64) chunk /= 2;
+  }
+  int64_t chunks() const { return ceil_div(depth, chunk); }
+  int64_t tasks() const { return chunks() * ceil_div(panels, group); }
+  int64_t panel(int64_t task) const { return task / chunks() * group; }  // the first one
+  int64_t from(int64_t task) const { return task % chunks() * chunk; }
+  int64_t to(int64_t task) const { return from(task) + chunk < depth ? from(task) + chunk : depth; }
+};
+
 }  // namespace
 
 Partition partition(int64_t M, int64_t N, int tile_rows, int tile_cols, int threads) {
@@ -195,17 +233,18 @@ Partition partition(int64_t M, int64_t N, int tile_rows, int tile_cols, int thre
                 least_cols = ceil_div(best.panels, kBlockCols / tile_cols);
   double best_time = 1e300;
   for (tried.col_blocks = least_cols; tried.col_blocks <= best.panels; ++tried.col_blocks) {
-    const int64_t enough = ceil_div(int64_t(kTasksPerThread) * threads, tried.col_blocks);
-    const int64_t most_rows = (enough > least_rows ? enough : least_rows) + threads;
-    for (tried.row_blocks = least_rows; tried.row_blocks <= best.tiles && tried.row_blocks <= most_rows;
-         ++tried.row_blocks) {
+    // Only as many tasks as just fill one more round of all threads: the others in between are not worth the time of asking, which all threads wait for.
+    int64_t rounds = ceil_div(least_rows * tried.col_blocks, threads);
+    const int64_t most_rounds = rounds + 3 > kTasksPerThread ? rounds + 3 : kTasksPerThread;
+    for (tried.row_blocks = 0; rounds <= most_rounds && tried.row_blocks < best.tiles; ++rounds) {
+      const int64_t fills = rounds * threads / tried.col_blocks;
+      tried.row_blocks = fills < best.tiles ? fills : best.tiles;
+      if (tried.row_blocks < least_rows) tried.row_blocks = least_rows;
       // Time of the busiest thread in tiles, tasks going in order to whoever is free: rounds of average tasks and a last one of the largest; half a task more
-      // is what a thread waits for at the end, since cores differ in speed from moment to moment. Copying a tile of A costs about a third of a panel's work
-      // (2 of 64 elements against kTileCols), loading a panel of B about a sixth of a tile's.
-      const auto task = [](double tiles, double panels) { return tiles * panels + 0.3 * tiles + 0.15 * panels; };
+      // is what a thread waits for at the end, since cores differ in speed from moment to moment.
       const double average =
-          task(double(best.tiles) / double(tried.row_blocks), double(best.panels) / double(tried.col_blocks));
-      const double largest = task(double(tried.block_tiles()), double(tried.block_panels()));
+          task_work(double(best.tiles) / double(tried.row_blocks), double(best.panels) / double(tried.col_blocks));
+      const double largest = task_work(double(tried.block_tiles()), double(tried.block_panels()));
       const double time = average * (double(ceil_div(tried.tasks(), threads) - 1) + (threads > 1 ? 0.5 : 0)) + largest;
       if (time < best_time * 0.999) best_time = time, best = tried;
     }
@@ -228,13 +267,10 @@ void gemm(int64_t M, int64_t N, int64_t K, Operand<TA> a, Operand<TB> b,
 
   Unit* const packed = scratch<Unit>(host, part.panels * depth * kCols);
   const int64_t panel_size = depth * kCols;
-  const int64_t chunk = b.depth_major ? kPackDepth : kPackDepth * 8,
-                group = b.depth_major ? kPackPanels : 1;  // of one task
-  const int64_t chunks = ceil_div(depth, chunk), groups = ceil_div(part.panels, group);
-  parallel_for(host, chunks * groups, [&](int64_t task, int) {
-    const int64_t panel = task / chunks * group, from = task % chunks * chunk,
-                  to = from + chunk < depth ? from + chunk : depth;
-    const int64_t col = panel * kCols, cols = N - col < group * kCols ? N - col : group * kCols;
+  const Packing packing(depth, part.panels, b.depth_major, host.threads);
+  parallel_for(host, packing.tasks(), [&](int64_t task, int) {
+    const int64_t panel = packing.panel(task), from = packing.from(task), to = packing.to(task);
+    const int64_t col = panel * kCols, most = packing.group * kCols, cols = N - col < most ? N - col : most;
     if (b.depth_major)
       pack_panels<Tile>(packed + panel * panel_size, panel_size, b, K, col, cols, from, to);
     else
@@ -263,6 +299,10 @@ void gemm(int64_t M, int64_t N, int64_t K, Operand<TA> a, Operand<TB> b,
         const Unit* const b_block = packed + (panel0 + panel) * panel_size + from * kCols;
         const int64_t col = (panel0 + panel) * kCols;
         const int cols = int(N - col < kCols ? N - col : kCols);
+        if (to < depth) {
+          const int64_t next = to + kDepth < depth ? to + kDepth : depth;
+          prefetch_rows<Tile>(a, K, row0, rows, to, next, panel, panels);
+        }
         for (int64_t t = 0; t < tiles; ++t) {
           Acc* const c_tile = c + (panel * tiles + t) * (kTileRows * kCols);
           const int live = int(rows - t * kTileRows < kTileRows ? rows - t * kTileRows : kTileRows);
@@ -279,6 +319,33 @@ void gemm(int64_t M, int64_t N, int64_t K, Operand<TA> a, Operand<TB> b,
       from = to;
     } while (from < depth);
   });
+}
+
+namespace {
+
+template <class Tile>
+int64_t tasks_of(const GemmQuery& q, int phase, double* work, int64_t capacity) {
+  const Partition part = partition(q.M, q.N, kTileRows, kTileCols<Tile>, q.threads);
+  const Packing packing(ceil_div(q.K, Tile::kPair), part.panels, q.b_depth_major, q.threads);
+  const int64_t tasks = phase == 0 ? packing.tasks() : part.tasks();
+  for (int64_t task = 0; task < tasks && task < capacity; ++task)
+    if (phase == 0) {
+      const int64_t left = part.panels - packing.panel(task), panels = left < packing.group ? left : packing.group;
+      work[task] = kPackWork * double(panels) * double(packing.to(task) - packing.from(task)) / double(packing.depth);
+    } else {
+      const int64_t row = task / part.col_blocks, col = task % part.col_blocks;
+      work[task] = task_work(double(part.first_tile(row + 1) - part.first_tile(row)),
+                             double(part.first_panel(col + 1) - part.first_panel(col)));
+    }
+  return tasks;
+}
+
+}  // namespace
+
+int64_t gemm_tasks(const GemmQuery& q, int phase, double* work, int64_t capacity) {
+  if (q.M == 0 || q.N == 0) return 0;
+  return q.is_bf16 ? tasks_of<TileFor<bf16>::type>(q, phase, work, capacity)
+                   : tasks_of<TileFor<float>::type>(q, phase, work, capacity);
 }
 
 // Forward and data gradient multiply activations by parameters, the weight gradient activations by activations.

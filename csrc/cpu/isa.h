@@ -160,6 +160,10 @@ inline Words<T> load_words(const T* p) {
   return v;
 }
 template <class T>
+inline void store_words(T* p, Words<T> v) {
+  std::memcpy(p, &v, sizeof v);
+}
+template <class T>
 inline Vec<Compute<T>> part(Words<T> words, int i) {
   if constexpr (kParts<T> == 1) {
     return (Vec<Compute<T>>)words;
@@ -230,6 +234,37 @@ inline Vec<F> max_lanes(typename VecOf<F>::type v) {
   return fold_lanes<F>(v, [](Vec<F> a, Vec<F> b) { return a > b ? a : b; });
 }
 
+// 0, 1, 2 ...
+template <class F>
+inline Bits<Vec<F>> lanes() {
+  Bits<Vec<F>> lane;
+  for (int i = 0; i < kLanes<F>; ++i) lane[i] = i;
+  return lane;
+}
+
+// The larger one; `otherwise` where x is NaN.
+template <class V>
+inline V larger(V x, V otherwise) {
+  return x > otherwise ? x : otherwise;
+}
+
+// As fold_lanes for as many registers as a register has lanes: the result of register r is in lane r. Half the registers
+// are left after each step, whose lanes come from two of them: 3 operations for each register, not 2 log2(lanes).
+template <class F, int kDistance = 1, class Op>
+inline Vec<F> fold_rows(typename VecOf<F>::type (&v)[kLanes<F>], const Op& op) {
+  constexpr int L = kLanes<F>;
+  if constexpr (kDistance == L) {
+    return v[0];
+  } else {
+    const Bits<Vec<F>> lane = lanes<F>(), own = lane + (lane & unsigned(kDistance)) / unsigned(kDistance) * unsigned(L);
+#pragma GCC unroll 8
+    for (int r = 0; r < L; r += 2 * kDistance)
+      v[r] = op(__builtin_shuffle(v[r], v[r + kDistance], own),
+                __builtin_shuffle(v[r], v[r + kDistance], own ^ unsigned(kDistance)));
+    return fold_rows<F, 2 * kDistance>(v, op);
+  }
+}
+
 // ---- threads. Tasks are handed out one by one, since cores differ in speed; results may depend on the task, never on the worker.
 // body(task, worker) with worker < host.threads, for scratch memory per worker.
 template <class Body>
@@ -270,6 +305,7 @@ FASTFT_KERNELS(FASTFT_X)
 #undef FASTFT_X
 double peak_f32(double seconds, const Host&);
 double peak_bf16(double seconds, const Host&);
+int64_t gemm_tasks(const GemmQuery&, int phase, double* work, int64_t capacity);
 
 #define FASTFT_INSTANTIATE(name, Args)                                      \
   template void name<float, float>(const Args<float, float>&, const Host&); \

@@ -10,6 +10,7 @@ const Kernels table = {
 #undef FASTFT_X
         & peak_f32,
     &peak_bf16,
+    &gemm_tasks,
 };
 
 }  // namespace FASTFT_NAMESPACE

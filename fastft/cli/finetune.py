@@ -33,6 +33,7 @@ def finetune(
     *,
     text: Annotated[str | None, option(DATA, "COLUMN", "Column of the texts; else found")] = None,
     label: Annotated[str | None, option(DATA, "COLUMN", "Column of the labels; else found")] = None,
+    encoding: Annotated[str, option(DATA, "NAME", "Of the files (utf-8)")] = "utf-8",
     validation: Annotated[str | None, option(DATA, "FILE", "Like DATA, to validate on; else:")] = None,
     validation_share: Annotated[float, option(DATA, "SHARE", "Part of DATA put aside for that (0.1)")] = 0.1,
     max_length: Annotated[int, option(DATA, "N", "Tokens of a text, the rest is cut (256)")] = 256,

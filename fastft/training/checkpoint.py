@@ -128,7 +128,9 @@ def save_classifier(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedT
         with transformers_quiet():
             model.save_pretrained(new)
             tokenizer.save_pretrained(new)
+        mode = (new / "config.json").stat().st_mode  # as umask has it; safetensors lets nobody else read the weights
         for path in sorted(new.iterdir()):
+            path.chmod(mode)
             files.sync(path)
             path.replace(folder / path.name)
     finally:

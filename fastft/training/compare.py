@@ -68,7 +68,7 @@ def compare(
         quiet: no progress bar (which only a terminal sees).
     Returns: a :class:`CompareResult`. It prints as tables below what there is to say about them, bad news first.
     Raises: ValueError, TypeError, OSError: one sentence that names the argument or place and the value; MemoryError:
-        the model or its longest batch is too large for this machine.
+        the model is too large for this machine, which is said before training.
     Example:
         >>> print(fastft.compare("bert-base-uncased", "reviews.csv"))  # doctest: +SKIP
     """

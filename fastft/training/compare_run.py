@@ -246,12 +246,20 @@ def losses_without_dropout(
 
 @dataclass(frozen=True)
 class Timed:
-    """Of one variant: seconds of a step (median and quartiles over uneven batches), their mean, the mean of each
-    phase, how many times faster than stock, batch by batch, and the loss of every step."""
+    """Of one variant, in seconds.
+
+    Attributes:
+        step, ratio: median and quartiles over batches of uneven length: of a step, and of how many times as fast as
+            stock's it was on the same batch.
+        mean, speedup: of a step, and how many times as fast as stock all of them were.
+        phases: the mean of each.
+        losses: of every step.
+    """
 
     step: timing.Spread
     ratio: timing.Spread
     mean: float
+    speedup: float
     phases: dict[str, float]
     losses: list[float]
 
@@ -291,6 +299,7 @@ def timed(
             step=times[name],
             ratio=times.ratio(name, STOCK),
             mean=statistics.fmean(times.samples[name]),
+            speedup=sum(times.samples[STOCK]) / sum(times.samples[name]),
             phases=training.phases,
             losses=training.losses,
         )

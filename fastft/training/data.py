@@ -52,6 +52,10 @@ class Examples:
         """Where the example stands, for a message."""
         return _place(self.source, self.unit, self.places[row] if self.places else row)
 
+    def line(self, row: int) -> str:
+        """The same without the file's name, unless each example has a file of its own."""
+        return self.place(row).removeprefix(f"{self.source}, ")
+
     def counts(self) -> dict[str, int]:
         """How often each label occurs, in the order of :func:`label_names`."""
         counts = Counter(self.labels)

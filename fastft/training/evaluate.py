@@ -32,9 +32,9 @@ class Evaluation:
     def __str__(self) -> str:
         from fastft.training.result import class_lines, fact_line
 
-        scores = "  ".join(f"{key} {self.metrics[key]:.4f}" for key in ("loss", "accuracy", *metrics.SCORES))
-        facts = (fact_line(*fact) for fact in self.facts.items())
-        return "\n".join([*facts, "", fact_line("scores", scores), "", *class_lines(self.metrics)])
+        scores = "  ".join(f"{key} {self.metrics[key]:.4f}" for key in ("accuracy", *metrics.SCORES))
+        told = {**self.facts, "loss": f"{self.metrics['loss']:.4f}", "scores": f"{scores} (macro)"}
+        return "\n".join([*(fact_line(*fact) for fact in told.items()), "", *class_lines(self.metrics)])
 
     __repr__ = __str__
 
@@ -86,7 +86,7 @@ def evaluate(
             wanted = torch.from_numpy(targets[rows])
             loss += torch.nn.functional.cross_entropy(logits.double(), wanted, reduction="sum").item()
     seconds = time.perf_counter() - started
-    changed = "; ".join(preprocess.said({name: count for name, count in cleaned.items() if count}))
+    changed = "\n".join(preprocess.said({name: count for name, count in cleaned.items() if count}))
     facts = {
         "model": f"{type(classifier.model).__name__} from {folder}",
         "kernels": classifier.kernels(),

@@ -38,6 +38,7 @@ def finetune(
     *,
     text: str | None = None,
     label: str | None = None,
+    encoding: str = "utf-8",
     validation: Any = None,
     validation_share: float = 0.1,
     head: str = "pooler",
@@ -76,6 +77,7 @@ def finetune(
             ``transformers.pipeline("text-classification", output)`` loads; metrics.json, history.jsonl, run.json,
             preprocessing.json, learning_curves.png, confusion_matrix.png.
         text, label: columns or keys in ``data`` and ``validation``; None finds them by what is in them.
+        encoding: of the files.
         validation: like ``data``; None puts ``validation_share`` of ``data`` aside, the same share of every label.
         head: "pooler" trains the model's own sequence classifier, which loads without fastft; "cls" trains
             :class:`fastft.TextClassifier`.
@@ -127,7 +129,7 @@ def finetune(
 
 @dataclass
 class _Job:
-    """All that a run needs; ``parts`` and ``encoded`` are (training, validation)."""
+    """All that a run needs; ``parts``, ``targets`` and ``encoded`` are (training, validation)."""
 
     options: dict[str, Any]
     parts: tuple[Examples, Examples]
@@ -136,15 +138,12 @@ class _Job:
     tokenizer: PreTrainedTokenizerBase
     network: PreTrainedModel
     fresh: list[str]
+    targets: tuple[list[int], list[int]]
     encoded: tuple[tokens.Tokens, tokens.Tokens]
     length: int
     choices: dict[str, Any]
     model_sha256: str
     started: float
-
-    def targets(self, part: int) -> np.ndarray:
-        indices = {name: index for index, name in enumerate(self.names)}
-        return np.array([indices[name] for name in self.parts[part].labels])
 
     def identity(self) -> dict[str, Any]:
         """What makes this run the one that it is, for :func:`run_folder.same_run`."""
@@ -169,23 +168,24 @@ def _prepare(options: dict[str, Any]) -> _Job:
     network.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")  # where the Trainer will have it
     length = tokens.longest_row(tokenizer, network.config, options["max_length"])
     indices = {name: index for index, name in enumerate(names)}
+    targets = tuple([indices[name] for name in part.labels] for part in parts)
     encoded = tuple(
-        tokens.encode(tokenizer, part.texts, [indices[name] for name in part.labels], length) for part in parts
+        tokens.encode(tokenizer, part.texts, of_part, length) for part, of_part in zip(parts, targets, strict=True)
     )
     if not options["stock"]:
         fastft.optimize(network)
-    job = (options, tuple(parts), cleaning, names, tokenizer, network, fresh, encoded, length)
+    job = (options, tuple(parts), cleaning, names, tokenizer, network, fresh, targets, encoded, length)
     return _Job(*job, _choice.facts(), model_sha256, started)
 
 
 def _examples(options: dict[str, Any]) -> tuple[Examples, Examples, preprocess.Prepared]:
     """(training, validation, what was done to the texts); every label of the second occurs in the first."""
-    columns = options["text"], options["label"]
-    cleaning = preprocess.prepare(load(options["data"], *columns), lower_case=options["lower_case"])
+    read = functools.partial(load, text=options["text"], label=options["label"], encoding=options["encoding"])
+    cleaning = preprocess.prepare(read(options["data"]), lower_case=options["lower_case"])
     if options["validation"] is None:
         return *split(cleaning.examples, options["validation_share"], options["seed"]), cleaning
     check_classes(cleaning.examples)
-    held_out = load(options["validation"], *columns, argument="validation")
+    held_out = read(options["validation"], argument="validation")
     held_out = preprocess.prepare(held_out, lower_case=options["lower_case"], deduplicate=False).examples
     require_known(held_out, cleaning.examples.counts(), "the training data")
     return cleaning.examples, held_out, cleaning
@@ -245,7 +245,7 @@ def _save(
     if not job.options["stock"]:
         fastft.restore(network)
     checkpoint.save_classifier(folder, network, job.tokenizer)
-    scores = metrics.classification(job.names, job.targets(1), predictions)
+    scores = metrics.classification(job.names, np.array(job.targets[1]), predictions)
     scores = {"loss": history[epoch - 1]["validation_loss"], **scores}
     seconds = {
         "training": sum(record["seconds"] for record in history),
@@ -260,7 +260,13 @@ def _save(
     with files.replacing(folder / "confusion_matrix.png") as path:
         plots.confusion_matrix(path, job.names, scores["confusion_matrix"])
     record = run_record(job.options, job.parts, job.cleaning, job.encoded, job.length)
-    record |= {"epoch": epoch, "kernels": kernels, "choices": job.choices, "model_sha256": job.model_sha256}
+    record |= {
+        "epoch": epoch,
+        "epochs_trained": len(history),
+        "kernels": kernels,
+        "choices": job.choices,
+        "model_sha256": job.model_sha256,
+    }
     files.write_json(folder / "run.json", record | {"seconds": seconds})  # the last: with it the run is finished
     return result
 
@@ -277,7 +283,7 @@ def _resuming_line(keeper: Keeper, found: dict[str, Any] | None) -> str:
     now = environment.describe()
     changed = [
         f"{name} {found['environment'].get(name)} is {now[name]} now"
-        for name in ("fastft", "torch", "transformers", "cpu", "threads", "isa", "gpus")
+        for name in ("fastft", "torch", "transformers", "cpu", "threads", "isa", "gpus", "backend")
         if found["environment"].get(name) != now[name]
     ]
     return fact_line("resume", "; ".join([line, *changed, *(["the last bits may differ"] if changed else [])]))

@@ -36,7 +36,7 @@ _CHOICES = {
 }
 _FLAGS = ("stock", "lower_case", "resume", "overwrite", "quiet")
 # What may differ when a run is resumed: data and model are compared by their content.
-_FREE = ("data", "validation", "text", "label", "model", "output", "resume", "overwrite", "quiet")
+_FREE = ("data", "validation", "text", "label", "encoding", "model", "output", "resume", "overwrite", "quiet")
 
 
 def checked(options: dict[str, Any]) -> dict[str, Any]:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from fastft.training import data as readable
-from fastft.training import files, trained
+from fastft.training import output, trained
 
 SUFFIXES = (".csv", ".jsonl")
 SHOWN = 20  # texts, when it is printed
@@ -56,7 +55,9 @@ class Predictions:
         """A line for each text: labels, scores, and as much of the text as there is room for."""
         longest = max((len(label) for found in self.top for label, _ in found), default=0)
         for text, found in zip(self.texts, self.top, strict=True):
-            names = "  ".join(f"{_short(label, LONGEST_NAME):{min(longest, LONGEST_NAME)}} {score:.4f}" for label, score in found)
+            names = "  ".join(
+                f"{_short(label, LONGEST_NAME):{min(longest, LONGEST_NAME)}} {score:.4f}" for label, score in found
+            )
             yield f"{names}  {_short(' '.join(text.split()), max(width - len(names) - 2, 8))}"
 
     def __str__(self) -> str:
@@ -71,8 +72,11 @@ class Predictions:
 
         Raises: ValueError, OSError: the file's name ends otherwise, or it cannot be written.
         """
-        path = check_output(path, SUFFIXES)
-        with _writing(path) as unfinished, unfinished.open("w", encoding="utf-8", errors="replace", newline="") as file:
+        path = output.check(path, SUFFIXES)
+        with (
+            output.writing(path) as unfinished,
+            unfinished.open("w", encoding="utf-8", errors="replace", newline="") as file,
+        ):
             # half a character, which JSON can hold, becomes a question mark
             if path.suffix.lower() == ".jsonl":
                 file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in self.records())
@@ -80,7 +84,10 @@ class Predictions:
             table = csv.writer(file, lineterminator="\n")
             ranks = ["", *(f"_{rank}" for rank in range(2, len(self.top[0]) + 1))]
             table.writerow(["text", *(f"{name}{rank}" for rank in ranks for name in ("label", "score"))])
-            table.writerows([text, *(part for pair in found for part in pair)] for text, found in zip(self.texts, self.top, strict=True))
+            table.writerows(
+                [text, *(part for pair in found for part in pair)]
+                for text, found in zip(self.texts, self.top, strict=True)
+            )
 
 
 def predict(
@@ -127,21 +134,5 @@ def predict(
     return Predictions(given, found)
 
 
-def check_output(path: str | os.PathLike, suffixes: Iterable[str], data: str | os.PathLike | None = None) -> Path:
-    """``path`` as one that may be written to; an old file there is replaced.
-
-    Raises: ValueError, OSError: its name does not end as one of ``suffixes``; it is ``data`` itself, a folder or a
-        device; its folder does not exist.
-    """
-    path = Path(path)
-    if path.suffix.lower() not in suffixes:
-        raise ValueError(f"{path} ends in {path.suffix!r}, a file ending in {' or '.join(suffixes)} can be written")
-    if path.exists() and not path.is_file():
-        raise OSError(f"{path} is not a regular file, it cannot be written")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path} cannot be written: there is no folder {path.parent}")
-    if not os.access(path.parent, os.W_OK):
-        raise PermissionError(f"{path} cannot be written: the folder {path.parent} is read-only")
-    if data is not None and path.exists() and os.path.exists(data) and path.samefile(data):
-        raise ValueError(f"{path} is the file with the texts: name another one to write to")
-    return path
+def _short(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[: length - 1]}…"

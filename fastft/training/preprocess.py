@@ -61,9 +61,13 @@ _CONTROL = re.compile(
 
 
 def _strip_html(text: str) -> str:
+    before = text
     if "<" in text:
         text = _INLINE_TAG.sub("", _BLOCK_TAG.sub(" ", _HIDDEN.sub(" ", text)))
-    return _ENTITY.sub(_character, text) if "&" in text else text
+    if "&" in text:
+        text = _ENTITY.sub(_character, text)
+    # The spaces that stand for tags are this step's to join, not a flaw of the text that the next one would count.
+    return text if text == before or before != _join_spaces(before) else _join_spaces(text)
 
 
 def _character(entity: re.Match) -> str:
@@ -128,15 +132,15 @@ def _clean(text: str, lower_case: bool, changed: Counter) -> str:
 # ---- whole data sets
 
 _SAID = {
-    "control_characters": "control characters taken out of {} texts",
-    "unicode": "characters composed (Unicode NFC) in {} texts",
-    "html": "HTML tags and entities resolved in {} texts",
-    "urls": "links cut to their host in {} texts",
-    "white_space": "white space joined in {} texts",
-    "lower_case": "{} texts changed to lower case",
-    "empty": "{} examples without any text left out",
-    "duplicates": "{} exact duplicates left out",
-    "conflicts": "{} texts with different labels, all kept",
+    "control_characters": "texts with control characters",
+    "unicode": "texts with characters to compose (NFC)",
+    "html": "texts with HTML tags or entities",
+    "urls": "texts with links, cut to the host",
+    "white_space": "texts with superfluous white space",
+    "lower_case": "texts changed to lower case",
+    "empty": "examples without text, left out",
+    "duplicates": "exact duplicates, left out",
+    "conflicts": "texts with different labels, all kept",
 }
 
 
@@ -160,7 +164,8 @@ class Prepared:
 
 
 def said(counts: dict[str, int]) -> list[str]:
-    return [_SAID[name].format(f"{count:,}") for name, count in counts.items()]
+    """A line for every step: what was found, and in how many texts."""
+    return [f"{_SAID[name]}: {count:,}" for name, count in counts.items()]
 
 
 def prepare(examples: Examples, *, lower_case: bool = False, deduplicate: bool = True) -> Prepared:
@@ -188,7 +193,7 @@ def prepare(examples: Examples, *, lower_case: bool = False, deduplicate: bool =
     several = {text: found for text, found in labels.items() if len(found) > 1}
     counts["conflicts"] = len(several)
     conflicts = [
-        f"{shown(text)} is " + " and ".join(f"{shown(name)} ({examples.place(row)})" for name, row in found.items())
+        f"{shown(text)} is " + " and ".join(f"{shown(name)} ({examples.line(row)})" for name, row in found.items())
         for text, found in list(several.items())[:3]
     ]
     return Prepared(_with(examples, texts).take(rows), counts, conflicts)

@@ -88,7 +88,9 @@ def read_text(path: Path, encoding: str) -> str:
 
 def shown(value: Any) -> str:
     """``value`` as Python writes it, cut short for a message."""
-    text = repr(value[: SHOWN + 1] if isinstance(value, str) else value)
+    if isinstance(value, str):
+        return repr(value if len(value) <= SHOWN else f"{value[: SHOWN - 1]}…")
+    text = repr(value)
     return text if len(text) <= SHOWN else f"{text[: SHOWN - 1]}…"
 
 

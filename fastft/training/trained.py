@@ -1,4 +1,4 @@
-"""The folder of a trained classifier: what is wrong with it, before torch is imported; then model, tokenizer, logits."""
+"""The folder of a trained classifier: what is wrong with it, told before torch is imported; then its logits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-WEIGHTS = tuple(f"{name}{index}" for name in ("model.safetensors", "pytorch_model.bin") for index in ("", ".index.json"))
+WEIGHTS = tuple(
+    f"{name}{index}" for name in ("model.safetensors", "pytorch_model.bin") for index in ("", ".index.json")
+)
 WINDOW = 64  # so many batches of texts are tokens at a time, and sorted by length among themselves
 UNLIMITED = 512  # tokens of a text where neither tokenizer nor model knows a limit
 
@@ -36,7 +38,8 @@ class Description:
     def clean(self, texts: Sequence[str]) -> tuple[Sequence[str], dict[str, int]]:
         """(the texts as the model saw them in training, how many of them each step changed)."""
         if self.preprocessing is None:
-            return texts, {}
+            # half a character, which JSON can hold, is nothing that a tokenizer takes
+            return [text if text.isascii() else text.encode(errors="replace").decode() for text in texts], {}
         return preprocess.clean_all(texts, self.preprocessing["lower_case"])
 
 
@@ -52,7 +55,9 @@ def describe(folder: str | os.PathLike) -> Description:
         raise NotADirectoryError(f"{path} is a file: the folder of a trained model is needed")
     if not (path / "config.json").is_file():
         if (path / run_folder.KEPT).is_dir():
-            raise ValueError(f"{path} holds an interrupted run and no model yet: finish it with fastft finetune --resume")
+            raise ValueError(
+                f"{path} holds an interrupted run and no model yet: finish it with fastft finetune --resume"
+            )
         raise ValueError(f"{path} holds no config.json: it is not the folder of a trained model")
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
@@ -94,7 +99,7 @@ class Trained:
     def logits(
         self, texts: Sequence[str], batch_size: int, advance: Callable[[int], None]
     ) -> Iterator[tuple[list[int], torch.Tensor]]:
-        """Yields (rows, logits) batch by batch: indices into ``texts``, and for each a row of (B, C) float32 on the CPU.
+        """Yields (rows, logits) batch by batch: B indices into ``texts``, and (B, C) float32 on the CPU.
 
         Batches hold texts of similar length. ``advance`` is called with the number of texts of each.
         """
@@ -127,7 +132,7 @@ class Trained:
 
 
 def load(known: Description, max_length: int | None, stock: bool) -> Trained:
-    """Loads what :func:`describe` found: float32, on the accelerator if there is one. Nothing is unpickled, no code run.
+    """Loads what :func:`describe` found: float32, on an accelerator if there is one. Nothing is unpickled, no code run.
 
     Args:
         max_length: tokens of a text, at most what the model can take; None takes those it was trained with.
