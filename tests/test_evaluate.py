@@ -17,7 +17,15 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, f1_score
 from tiny import BAD, GOOD, OTHER, make_checkpoint, make_reviews
-from transformers import AutoConfig, AutoModelForSequenceClassification, BertModel, pipeline
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertModel,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    pipeline,
+)
 from typer.testing import CliRunner
 
 import fastft
@@ -170,6 +178,17 @@ def test_texts_are_cut_at_the_length_of_training(ours, tmp_path):
     for options, cut, length in (({}, 1, 8), ({"max_length": 20}, 1, 20), ({"max_length": 500}, 0, 64)):
         found = fastft.evaluate(folder, (long, ["positive", "negative"]), quiet=True, **options)
         assert found.facts["tokens"] == f"{cut} texts cut to {length}"
+
+
+def test_a_long_text_stays_within_the_positions_of_roberta(tmp_path):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+    config = RobertaConfig(vocab_size=23, max_position_embeddings=16, pad_token_id=0, **sizes)
+    tokenizer = AutoTokenizer.from_pretrained(make_checkpoint(tmp_path))
+    tokenizer.model_max_length = 10**30  # what a tokenizer says that does not know
+    tokenizer.save_pretrained(tmp_path)
+    RobertaForSequenceClassification(config).save_pretrained(tmp_path)
+    found = fastft.evaluate(tmp_path, (["good " * 100, "bad"], [0, 1]), quiet=True)
+    assert found.facts["tokens"] == "1 texts cut to 15"
 
 
 # ---- the commands

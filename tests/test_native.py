@@ -100,7 +100,8 @@ def linear_act(kernels, suffix, activation, x, w, b, dy):
     y, z, *_ = call(kernels, f"linear_act_forward_{suffix}", y, z, x, w, b, M, N, K, index, None)
     dx, dw, db = unwritten(M, K, dtype=T), unwritten(N, K, dtype=W), unwritten(N, dtype=W)
     kept = None if activation == "identity" else z
-    dx, dw, db, *_ = call(kernels, f"linear_act_backward_{suffix}", dx, dw, db, dy, kept, x, w, M, N, K, index, None, None)
+    fields = dx, dw, db, dy, kept, x, w, M, N, K, index, None, None
+    dx, dw, db, *_ = call(kernels, f"linear_act_backward_{suffix}", *fields)
     return {"y": y, "z": z, "dx": dx, "dw": dw, "db": db}
 
 

@@ -49,6 +49,8 @@ def assert_same_run(output, expected):
     assert (output / "metrics.json").read_bytes() == (expected / "metrics.json").read_bytes()
     assert history(output) == history(expected)
     assert {path.name for path in output.iterdir()} == {path.name for path in expected.iterdir()}
+    seconds = json.loads((output / "run.json").read_text())["seconds"]
+    assert seconds["total"] > seconds["training"] + seconds["validation"]
 
 
 def history(output):

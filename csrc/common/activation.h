@@ -17,7 +17,7 @@ namespace FASTFT_NAMESPACE {
   X(Elu,       z > 0 ? z : expm1(z),              z > 0 ? constant<F>(1) : exp(z))                                 \
   X(Sigmoid,   sigmoid(z),                        sigmoid_slope(z))                                                \
   X(Tanh,      tanh(z),                           4 * sigmoid_slope(2 * z))                                        \
-  X(Gelu,      z * normal(z).cdf,                 normal(z).cdf + bounded(z) * normal(z).pdf)                      \
+  X(Gelu,      z * gelu_weight(z),                gelu_slope(z))                                                   \
   X(GeluTanh,  z * sigmoid(cubic(z)),             sigmoid(cubic(z)) + bounded(z) * cubic_sigmoid_slope(z))         \
   X(QuickGelu, z * sigmoid(steep(z)),             sigmoid(steep(z)) + bounded(steep(z)) * sigmoid_slope(steep(z))) \
   X(Silu,      z * sigmoid(z),                    sigmoid(z) + bounded(z) * sigmoid_slope(z))                      \

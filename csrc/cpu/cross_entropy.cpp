@@ -110,7 +110,7 @@ struct Rows {
   const Args& p;
   const int64_t C = p.C, S = p.S, count = p.N * S;
   const int64_t stride = S > 1 ? 1 : C;         // from one row of a group to the next
-  const bool across = S > 1 || C < L * kAcross;  // then transposing is cheaper than what moves between lanes
+  const bool across = S > 1 || C < L* kAcross;  // then transposing is cheaper than what moves between lanes
   const int64_t size = across ? L : between(1, kTaskLogits / C, L);  // rows of a group
   const int64_t groups_of_n = ceil_div(S > 1 ? S : p.N, size), groups = S > 1 ? p.N * groups_of_n : groups_of_n;
   const int64_t groups_per_task = between(1, kTaskLogits / (size * C), kTaskLogits);
@@ -158,7 +158,9 @@ struct Rows {
   V soft(V q, V w) const { return (share + rest * q) * w; }
 
   // Elements from p, behind its first one, to where registers are streamed to.
-  static int64_t to_line(const T* p) { return int64_t(kVectorBytes - uintptr_t(p) % kVectorBytes) / int64_t(sizeof(T)); }
+  static int64_t to_line(const T* p) {
+    return int64_t(kVectorBytes - uintptr_t(p) % kVectorBytes) / int64_t(sizeof(T));
+  }
 
   // ---- along: a register of classes from c on
   V q_along(int64_t at, int64_t c) const { return p.q ? load(p.q + at + c) : V{}; }

@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "activation.h"
+#include "gelu_lookup.h"
 #include "gemm.h"
 
 namespace FASTFT_NAMESPACE {

@@ -206,7 +206,7 @@ def _run(job: _Job, folder: Path, run: str, found: dict[str, Any] | None, consol
     keep_history = functools.partial(files.write_json_lines, folder / "history.jsonl")
     interrupt = Interrupt(options["quiet"])
     with EpochProgress(console, options["epochs"], on_epoch=keep_history) as progress:
-        keeper = Keeper(kept, run, progress, options["patience"], len(job.parts[1]), interrupt)
+        keeper = Keeper(kept, run, progress, options["patience"], len(job.parts[1]), interrupt, job.started)
         if options["resume"]:
             console.print(_resuming_line(keeper, found), soft_wrap=True, markup=False)
         loss = criterion(options, job.parts[0].counts(), network.device)
@@ -250,7 +250,7 @@ def _save(
     seconds = {
         "training": sum(record["seconds"] for record in history),
         "validation": sum(record["validation_seconds"] for record in history),
-        "total": time.perf_counter() - job.started,
+        "total": keeper.seconds(),
     }
     step_losses = keeper.progress.step_losses
     result = FinetuneResult(folder, job.names, history, step_losses, scores, predictions, seconds, told, epoch)

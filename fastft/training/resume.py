@@ -72,10 +72,17 @@ class Keeper(TrainerCallback):
     """
 
     def __init__(
-        self, folder: Path, run: str, progress: EpochProgress, patience: int | None, rows: int, interrupt: Interrupt
+        self,
+        folder: Path,
+        run: str,
+        progress: EpochProgress,
+        patience: int | None,
+        rows: int,
+        interrupt: Interrupt,
+        started: float,
     ):
         self.folder, self.run, self.progress, self.patience = folder, run, progress, patience
-        self.interrupt = interrupt
+        self.interrupt, self._started = interrupt, started
         self.predictions = np.zeros(rows, dtype=np.int64)
         self.best: dict[str, Any] | None = None
         self.done = False
@@ -84,8 +91,13 @@ class Keeper(TrainerCallback):
         if self.saved is not None:
             told = self.saved.told
             progress.restore(told["progress"])
+            self._started -= told["seconds"]
             self.best, self.done = told["best"], told["done"]
             self.predictions[:] = self.saved.tensors("predictions")[""].numpy()
+
+    def seconds(self) -> float:
+        """Since the run was started, without the time between its processes."""
+        return time.perf_counter() - self._started
 
     def use_best(self, model: torch.nn.Module) -> None:
         """Puts the weights and predictions of the best epoch in place."""
@@ -148,6 +160,7 @@ class Keeper(TrainerCallback):
             "progress": self.progress.state(),
             "best": self.best,
             "done": self.done,
+            "seconds": self.seconds(),
         }
         _write(self.folder / STATE, tensors, told)
         self._saved_at = time.perf_counter()

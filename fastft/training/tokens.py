@@ -22,12 +22,24 @@ class Tokens:
         return [len(row["input_ids"]) for row in self.rows]
 
 
+# model_type of those that number positions from the padding token's index on: of 514 positions 512 are left.
+_POSITIONS_AFTER_PADDING = (
+    *("camembert", "data2vec-text", "esm", "ibert", "lilt", "longformer", "luke", "mpnet", "roberta"),
+    *("roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+)
+
+
 def longest_row(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, max_length: int) -> int:
     """``max_length``, or what tokenizer and model can take where that is less."""
     parts = [config, *(getattr(config, name) for name in config.sub_configs)]
-    return min(
-        max_length, tokenizer.model_max_length, *(getattr(p, "max_position_embeddings", max_length) for p in parts)
-    )
+    return min(max_length, tokenizer.model_max_length, *(_positions(part, max_length) for part in parts))
+
+
+def _positions(config: PreTrainedConfig, unknown: int) -> int:
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None:
+        return unknown
+    return positions - (config.pad_token_id + 1 if config.model_type in _POSITIONS_AFTER_PADDING else 0)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], targets: Sequence[int], max_length: int) -> Tokens:

@@ -2,7 +2,7 @@
 #include "functions.h"
 
 #include "activation.h"
-#include "isa.h"
+#include "gelu_lookup.h"
 
 #define FASTFT_TEXT_OF(x) #x
 #define FASTFT_TEXT(x) FASTFT_TEXT_OF(x)
