@@ -51,7 +51,7 @@ def choice():
 
     if not _tuning.enabled():
         return "shipped rule: FASTFT_TUNE is 0"
-    if _choice.in_group():
+    if _tuning.in_group():
         return "shipped rule: several processes work together"
     count = len(_choice.facts_in_force().cells)
     return f"facts measured here: {count}" if count else "shipped rule: nothing was measured here yet"

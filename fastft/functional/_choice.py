@@ -58,8 +58,6 @@ def runs(op, why_not, slower=False):
 # ---- facts that were measured
 
 _used = None  # Facts of use_facts, in force whatever the file says
-_bf16 = None  # what the kernels were told last
-_launched_as_group = os.environ.get("WORLD_SIZE", "") not in ("", "0", "1")  # torchrun's
 
 
 def slower(op, device, dtype, train, sizes, shipped):
@@ -83,27 +81,20 @@ def slower(op, device, dtype, train, sizes, shipped):
 
 def measured(op, device, dtype, train, sizes):
     """The :class:`fastft.functional._tuning.Cell` that decides a call, described as for :func:`slower`; None: none."""
-    table = facts_in_force(device).table
-    return table.get(_tuning.key(op, dtype, train, *sizes)) if table else None
+    found = _tuning.load(device, torch.get_num_threads()) if _used is None else _used
+    if not found.table or (_used is None and _tuning.in_group()):
+        return None
+    return found.table.get(_tuning.key(op, dtype, train, *sizes))
 
 
-def facts_in_force(device="cpu"):
-    """The :class:`fastft.functional._tuning.Facts` that choose kernels now, on torch's present number of threads.
+def facts_in_force():
+    """The :class:`fastft.functional._tuning.Facts` that choose the CPU's kernels now, on torch's number of threads.
 
     None in a group of processes, which may not share a file and have to agree, unless :func:`use_facts` gave some.
     """
     if _used is not None:
-        found = _used
-    elif device not in ("cpu", "cuda") or in_group():
-        found = _NOTHING
-    else:
-        found = _tuning.load(device, torch.get_num_threads() if device == "cpu" else 0)
-    if device == "cpu" and found.bf16 != _bf16:
-        _apply_bf16(found.bf16)
-    return found
-
-
-_NOTHING = _tuning.Facts()
+        return _used
+    return _tuning.NOTHING if _tuning.in_group() else _tuning.load("cpu", torch.get_num_threads())
 
 
 def facts():
@@ -123,26 +114,12 @@ def use_facts(stored):
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"use_facts: these are no facts of fastft's: {type(error).__name__}: {error}") from error
     before, _used = _used, given
+    _tuning.apply_bf16(given.bf16)
     try:
         yield
     finally:
         _used = before
-
-
-def in_group():
-    """Whether several processes work together, or were launched to."""
-    if _launched_as_group:
-        return True
-    group = torch.distributed
-    return group.is_available() and group.is_initialized() and group.get_world_size() > 1
-
-
-def _apply_bf16(how):
-    """Tells the kernels how to multiply bfloat16: "dot", "widen", or None for what they do unasked."""
-    global _bf16
-    _bf16 = how
-    if hasattr(torch.ops.fastft, "set_bf16"):
-        torch.ops.fastft.set_bf16(how or "auto")
+        _tuning.apply_bf16(facts_in_force().bf16)
 
 
 # ---- what our kernels can take

@@ -26,6 +26,7 @@ FORMAT = 1
 PATHS = ("forward", "train")  # without autograd; forward and backward
 BF16 = ("dot", "widen")  # products of bfloat16 by VDPBF16PS; in float32
 _LARGEST = 32  # bucket of the largest numbers of rows
+_LAUNCHED_AS_GROUP = os.environ.get("WORLD_SIZE", "") not in ("", "0", "1")  # torchrun's
 
 
 @dataclass(frozen=True)
@@ -99,13 +100,16 @@ class Facts:
     def parse(cls, stored):
         """The reverse of :meth:`as_dict`; ValueError, KeyError or TypeError where it is not one."""
         if not stored:
-            return cls()
+            return NOTHING
         if stored["bf16"] not in (*BF16, None):
             raise ValueError(f"bf16 is {stored['bf16']!r}, must be one of {', '.join(BF16)}")
         return cls(tuple(map(Cell.parse, stored["cells"])), stored["bf16"])
 
     def __bool__(self):
         return bool(self.cells) or self.bf16 is not None
+
+
+NOTHING = Facts()
 
 
 def enabled():
@@ -131,27 +135,30 @@ def path():
 def machine(device, threads):
     """What facts hold for: other ones may be true of any other processor, instruction set, thread count or version."""
     versions = f"fastft {fastft.__version__}, torch {torch.__version__}"
-    if device == "cuda":
+    if device == "cuda":  # whatever the number of threads
         return f"{torch.cuda.get_device_name()}, {versions}"
     return f"{environment.cpu_model()}, {_library.isa()}, {threads} threads, {versions}"
 
 
 @functools.cache
 def load(device, threads):
-    """The file's facts for a device on so many threads; none if there are none, if FASTFT_TUNE is 0 or without kernels.
+    """The file's facts for a device and torch's number of threads; none if FASTFT_TUNE is 0 or without kernels.
 
     A file that cannot be used is warned about once.
     """
-    if not enabled() or not _library.available():
-        return Facts()
+    if device not in ("cpu", "cuda") or not enabled() or not _library.available():
+        return NOTHING
     machines, wrong = _read()
     if wrong:
         _warn(wrong)
     try:
-        return Facts.parse(machines.get(machine(device, threads)))
+        facts = Facts.parse(machines.get(machine(device, threads)))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         _warn(f"{path()} is damaged ({type(error).__name__}: {error})")
-        return Facts()
+        return NOTHING
+    if device == "cpu" and facts.bf16 and not in_group():
+        apply_bf16(facts.bf16)
+    return facts
 
 
 @functools.cache
@@ -195,6 +202,20 @@ def store(facts, device, threads):
         return False
     forget()
     return True
+
+
+def apply_bf16(how):
+    """Tells the CPU's kernels how to multiply bfloat16: one of BF16, or None for what they do unasked."""
+    if hasattr(torch.ops.fastft, "set_bf16"):
+        torch.ops.fastft.set_bf16(how or "auto")
+
+
+def in_group():
+    """Whether several processes work together, or were launched to."""
+    if _LAUNCHED_AS_GROUP:
+        return True
+    group = torch.distributed
+    return group.is_available() and group.is_initialized() and group.get_world_size() > 1
 
 
 def writable():

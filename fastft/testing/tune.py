@@ -52,7 +52,7 @@ def measured(tasks: Iterable[Task], device: str = "cpu") -> Iterator[_tuning.Cel
 def write(cells: Iterable[_tuning.Cell], device: str = "cpu") -> bool:
     """Puts the cells, and how to multiply bfloat16, into the user's file; False, with a warning, if that is refused."""
     facts = _tuning.Facts(tuple(cells), _bf16() if device == "cpu" else None)
-    return _tuning.store(facts, device, torch.get_num_threads() if device == "cpu" else 0)
+    return _tuning.store(facts, device, torch.get_num_threads())
 
 
 def first_time(model: torch.nn.Module) -> None:
@@ -84,7 +84,7 @@ def _is_first(model: torch.nn.Module) -> bool:
         _tuning.enabled()
         and _library.available()
         and _choice.backend() == "auto"
-        and not _choice.in_group()
+        and not _tuning.in_group()
         and all(parameter.device.type == "cpu" for parameter in model.parameters())
         and not _choice.facts()
         and _tuning.writable()
