@@ -63,8 +63,6 @@ _used = None  # Facts of use_facts, in force whatever the file says
 def slower(op, device, dtype, train, sizes, shipped):
     """Whether PyTorch's kernel is the faster one: as was measured on this machine, else as ``shipped`` says.
 
-    Under ``torch.compile`` as shipped: a look-up by sizes would compile anew for each of them.
-
     Args:
         op: name of the public function.
         device: "cpu", "cuda", …
@@ -73,18 +71,21 @@ def slower(op, device, dtype, train, sizes, shipped):
         sizes: of the op, rows first.
         shipped: what the op's own rule says.
     """
-    if torch.compiler.is_compiling():
-        return shipped
     cell = measured(op, device, dtype, train, sizes)
     return shipped if cell is None else cell.runs == "torch"
 
 
 def measured(op, device, dtype, train, sizes):
     """The :class:`fastft.functional._tuning.Cell` that decides a call, described as for :func:`slower`; None: none."""
+    return table(device).get(_tuning.key(op, dtype, train, *sizes))
+
+
+def table(device):
+    """The facts that count now by their key; none under ``torch.compile``, where each size would compile anew."""
+    if torch.compiler.is_compiling():
+        return {}
     found = _tuning.load(device, torch.get_num_threads()) if _used is None else _used
-    if not found.table or (_used is None and _tuning.in_group()):
-        return None
-    return found.table.get(_tuning.key(op, dtype, train, *sizes))
+    return {} if found.table and _used is None and _tuning.in_group() else found.table
 
 
 def facts_in_force():
