@@ -86,42 +86,32 @@ def _isas(wanted: str | None) -> list[str]:
 
 
 def _table(specs: list[OpSpec], peaks: Peaks, options: argparse.Namespace) -> Iterator[Measurement]:
-    for spec in specs:
-        for dtype in options.dtype or ("float32", "bfloat16"):
-            for index, path in _cases(spec, options, SHOWN):
-                row = measure(
-                    spec,
-                    index,
-                    getattr(torch, dtype),
-                    path,
-                    device=options.device,
-                    rounds=options.rounds,
-                    peaks=peaks,
-                )
-                _print(row)
-                yield row
+    for cell in _cells(specs, options, SHOWN):
+        row = measure(*cell, device=options.device, rounds=options.rounds, peaks=peaks)
+        _print(row)
+        yield row
 
 
 def _grid(specs: list[OpSpec], peaks: Peaks, options: argparse.Namespace) -> Iterator[Measurement]:
-    for spec in (replace(spec, samples=spec.grid) for spec in specs if spec.grid):
+    gridded = [replace(spec, samples=spec.grid) for spec in specs if spec.grid]
+    for cell in _cells(gridded, options, GRID_PASSES):
+        for times in (1, AGAIN):
+            rounds, budget_s = times * min(options.rounds, GRID_ROUNDS), times * GRID_S
+            row = measure(*cell, device=options.device, rounds=rounds, peaks=peaks, budget_s=budget_s, op_only=True)
+            if not row.slower:
+                break
+        _print(row)
+        yield row
+
+
+def _cells(
+    specs: list[OpSpec], options: argparse.Namespace, default: tuple[str, ...]
+) -> Iterator[tuple[OpSpec, int, torch.dtype, str]]:
+    """What :func:`measure` is to be called with, for all that the options select."""
+    for spec in specs:
         for dtype in options.dtype or ("float32", "bfloat16"):
-            for index, path in _cases(spec, options, GRID_PASSES):
-                for times in (1, AGAIN):
-                    row = measure(
-                        spec,
-                        index,
-                        getattr(torch, dtype),
-                        path,
-                        device=options.device,
-                        rounds=times * min(options.rounds, GRID_ROUNDS),
-                        peaks=peaks,
-                        budget_s=times * GRID_S,
-                        op_only=True,
-                    )
-                    if not row.slower:
-                        break
-                _print(row)
-                yield row
+            for index, path in _cases(spec, options, default):
+                yield spec, index, getattr(torch, dtype), path
 
 
 def _cases(spec: OpSpec, options: argparse.Namespace, default: tuple[str, ...]) -> list[tuple[int, str]]:

@@ -27,6 +27,12 @@ struct Host {
 
 using Stream = void*;  // cudaStream_t
 
+// Whether linear_act's CPU kernels of these dtypes take the input in fp32, too, as autocast has it.
+template <class T, class W>
+inline constexpr bool kTakesFloat = false;
+template <>
+inline constexpr bool kTakesFloat<bf16, float> = true;
+
 // y = act(x w^T + b); z = x w^T + b is kept for the backward where the activation needs it.
 template <class T, class W>
 struct LinearActForward {
@@ -36,9 +42,8 @@ struct LinearActForward {
   const W* w;  // (N, K)
   const W* b;  // (N) or null
   int64_t M, N, K;
-  int activation;  // index in common/activation.h
-  const float* x32 =
-      nullptr;  // in place of x where the caller has it in fp32: rounded on its way in; CPU, T bf16, W float
+  int activation;              // index in common/activation.h
+  const float* x32 = nullptr;  // in place of x where kTakesFloat: fp32 that is rounded on its way in; CPU only
 };
 
 // dz = dy act'(z), dx = dz w, dw = dz^T x, db = column sums of dz; each of the three outputs may be null.

@@ -1,5 +1,6 @@
 """Loads libfastft.so, or says in one sentence why not; asks it what it holds and switches its instruction set."""
 
+import contextlib
 import json
 import os
 import warnings
@@ -87,6 +88,17 @@ def set_isa(name):
     if name not in isas():
         raise ValueError(f"set_isa: {name!r} is not one of {', '.join(isas())}")
     ops.set_isa(name)
+
+
+@contextlib.contextmanager
+def use_isa(name):
+    """Within the block, :func:`set_isa`."""
+    before = isa()
+    set_isa(name)
+    try:
+        yield
+    finally:
+        set_isa(before)
 
 
 def has_cuda():

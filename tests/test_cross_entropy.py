@@ -29,14 +29,6 @@ def ours():
         yield
 
 
-@pytest.fixture(params=_library.isas())
-def isa(request):
-    before = _library.isa()
-    _library.set_isa(request.param)
-    yield request.param
-    _library.set_isa(before)
-
-
 def loss_and_gradient(function, input, *args, **kwargs):
     input = input.detach().requires_grad_()
     loss = function(input, *args, **kwargs)
@@ -75,8 +67,8 @@ def arguments(shape, dtype, seed, probabilities, weighted, reduction, smoothing,
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64), ids=str)
-def test_every_combination_of_options_is_within_the_budget(dtype, ours, isa):
-    budget, shapes = Budget(dtype == torch.float64), random.Random(f"{dtype} {isa}")  # other shapes each time
+def test_every_combination_of_options_is_within_the_budget(dtype, ours, each_isa):
+    budget, shapes = Budget(dtype == torch.float64), random.Random(f"{dtype} {each_isa}")  # other shapes each time
     for seed, options in enumerate(OPTIONS):
         shape = shapes.choice(SHAPES)
         named = arguments(shape, dtype, seed, **options)
@@ -95,7 +87,7 @@ def test_every_combination_of_options_is_within_the_budget(dtype, ours, isa):
 
 @pytest.mark.parametrize("classes", (3, 200))
 @pytest.mark.parametrize("options", ({}, {"label_smoothing": 0.1}), ids=str)
-def test_infinite_nan_and_huge_logits_give_what_pytorch_gives(classes, options, ours, isa):
+def test_infinite_nan_and_huge_logits_give_what_pytorch_gives(classes, options, ours, each_isa):
     rows = [[INF], [-INF], [NAN], [INF, -INF], [-INF, -INF], [1e35, -1e35], [-1e35, 1e35], [-1e35, -1e35], [1e35, -INF]]
     input = logits(len(rows) + 2, classes)
     for row, values in enumerate(rows):
@@ -112,7 +104,7 @@ def test_infinite_nan_and_huge_logits_give_what_pytorch_gives(classes, options, 
 @pytest.mark.parametrize("classes", (2, 6, 300))
 @pytest.mark.parametrize("ignored", (0, 1, -100))
 @pytest.mark.parametrize("options", ({}, {"weight": True}, {"label_smoothing": 0.2}), ids=str)
-def test_ignored_rows_get_zero_gradient(classes, ignored, options, ours, isa):
+def test_ignored_rows_get_zero_gradient(classes, ignored, options, ours, each_isa):
     input, target = logits(23, classes), torch.arange(23) % classes
     target[::4] = ignored
     input[0, 1], input[4] = NAN, -INF
@@ -155,7 +147,7 @@ def test_rows_whose_weights_are_all_zero_have_no_mean(ours):
 
 
 @pytest.mark.parametrize("offset", (0.0, 1e4, -1e4))
-def test_a_row_is_judged_by_differences_of_its_logits(offset, ours, isa):
+def test_a_row_is_judged_by_differences_of_its_logits(offset, ours, each_isa):
     input, target = torch.arange(600.0).remainder(7).view(4, 150), torch.tensor([0, 3, 77, 149])
     found = loss_and_gradient(cross_entropy, input + offset, target, reduction="none")
     expected = loss_and_gradient(cross_entropy, input, target, reduction="none")
@@ -248,7 +240,7 @@ def test_a_class_out_of_range_is_named_with_its_place(backend, target, shape, op
         cross_entropy(logits(*shape), target, **options)
 
 
-def test_the_first_wrong_target_of_many_is_named_whatever_the_threads(ours, isa):
+def test_the_first_wrong_target_of_many_is_named_whatever_the_threads(ours, each_isa):
     target = torch.zeros(3000, dtype=torch.int64)
     target[[1234, 1235, 2999]] = torch.tensor([64, -5, 99])
     before = torch.get_num_threads()

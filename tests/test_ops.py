@@ -44,10 +44,8 @@ def target(request):
     if request.param == "cuda":
         yield "cuda"
         return
-    before = _library.isa()
-    _library.set_isa(request.param)
-    yield "cpu"
-    _library.set_isa(before)
+    with _library.use_isa(request.param):
+        yield "cpu"
 
 
 def small(spec):

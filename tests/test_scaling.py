@@ -15,14 +15,6 @@ SIZES = ((4096, 768, 768), (1, 1, 1), (37, 101, 19), (768, 3072, 4096), (31, 7, 
 THREADS = (1, 3, 64, 128)
 
 
-@pytest.fixture(params=_library.isas())
-def each_isa(request):
-    before = _library.isa()
-    _library.set_isa(request.param)
-    yield request.param
-    _library.set_isa(before)
-
-
 def test_tasks_are_taken_in_order_by_whoever_is_free():
     assert scaling.finish([3, 1, 1, 1], threads=2) == 3
     assert scaling.finish([1, 1, 1, 3], threads=2) == 4

@@ -73,13 +73,9 @@ def test_a_budget_leaves_three_rounds_at_least():
 @pytest.mark.skipif(not _library.available(), reason=f"no native library: {_library.why_not()}")
 @pytest.mark.parametrize("isa", _library.isas())
 def test_every_instruction_set_has_a_peak(isa):
-    before = _library.isa()
-    _library.set_isa(isa)
-    try:
+    with _library.use_isa(isa):
         assert torch.ops.fastft.peak_f32(0.01) > 1e8
         assert (torch.ops.fastft.peak_bf16(0.01) > 1e8) == (isa == "avx512_bf16")
-    finally:
-        _library.set_isa(before)
 
 
 def test_a_run_has_at_least_five_windows(monkeypatch):

@@ -7,8 +7,7 @@ namespace {
 // Whether the kernel rounds a float32 input to T itself.
 template <class T, class W>
 bool takes_float(const Tensor& input) {
-  return std::is_same_v<T, bf16> && std::is_same_v<W, float> && !input.is_cuda() &&
-         input.scalar_type() == ScalarType::Float;
+  return kTakesFloat<T, W> && !input.is_cuda() && input.scalar_type() == ScalarType::Float;
 }
 
 template <class T, class W>

@@ -38,6 +38,18 @@ FASTFT_INLINE F bounded(F z) {
   return clamp(z, -1000, 1000);
 }
 
+// gelu(z) = z Phi(z), with the derivative Phi(z) + z phi(z); a lookup in registers stands in for both where there is one
+// (cpu/gelu_lookup.h). Hendrycks & Gimpel 2016, arXiv:1606.08415
+template <class F>
+FASTFT_INLINE F gelu_weight(F z) {
+  return normal(z).cdf;
+}
+template <class F>
+FASTFT_INLINE F gelu_slope(F z) {
+  const auto [cdf, pdf] = normal(z);
+  return cdf + bounded(z) * pdf;
+}
+
 // gelu_tanh(z) = z (1 + tanh(u)) / 2 = z sigmoid(2 u) with 2 u = sqrt(8 / pi) (z + 0.044715 z^3)
 // Hendrycks & Gimpel 2016, arXiv:1606.08415
 template <class F>

@@ -357,18 +357,6 @@ FASTFT_INLINE Normal<F> normal(F z) {
   }
 }
 
-// GELU(z) = z gelu_weight(z), and its derivative Phi(z) + z phi(z), in which z phi(z) is nothing from |z| = 1000 on; a
-// lookup in registers stands in for both where there is one (cpu/gelu_lookup.h). Hendrycks & Gimpel 2016, arXiv:1606.08415
-template <class F>
-FASTFT_INLINE F gelu_weight(F z) {
-  return normal(z).cdf;
-}
-template <class F>
-FASTFT_INLINE F gelu_slope(F z) {
-  const auto [cdf, pdf] = normal(z);
-  return cdf + clamp(z, -1000, 1000) * pdf;
-}
-
 // ---- storage types: conversions round to nearest, ties to even, and keep NaN quiet. The host's are in integers, so
 // that they are the same in every instruction set (VCVTNEPS2BF16 flushes denormals).
 

@@ -5,6 +5,7 @@
 // least squares in double on 400 Chebyshev nodes, relative to T for Phi. n and d are exact. From a = 7.5 on T is 0 (Phi(-7.5) is 3e-14).
 // Errors before rounding: 6.4e-9 of Phi, and below 1.2e-4 of itself in the left tail; 1.3e-8 of GELU' (half an ulp of either is 3e-8).
 #pragma once
+#include "activation.h"
 #include "isa.h"
 
 #if defined(FASTFT_ISA_AVX512) || defined(FASTFT_ISA_AVX512_BF16)
@@ -60,10 +61,7 @@ FASTFT_INLINE Vec<float> from_tail(const float (&table)[7][16], Vec<float> z) {
   const Vec<float> twice = abs(z) + abs(z), t = twice > 15.f ? splat<Vec<float>>(15.f) : twice;
   const Vec<float> shifted = t + 8388608.f;  // 2^23 leaves n in the low bits, of which a lookup takes four
   const Vec<float> d = t - (shifted - 8388608.f);
-  const __m512i n = (__m512i)shifted;
-  const auto coefficient = [&](int power) {
-    return (Vec<float>)_mm512_permutexvar_ps(n, _mm512_load_ps(table[power]));
-  };
+  const auto coefficient = [&](int power) { return lookup(table[power], (Bits<Vec<float>>)shifted); };
   Vec<float> tail = coefficient(6);
 #pragma GCC unroll 6
   for (int power = 5; power >= 0; --power) tail = tail * d + coefficient(power);

@@ -47,6 +47,10 @@ template <>
 FASTFT_INLINE Vec<float> times_two_to(Vec<float> x, Vec<float> n) {
   return _mm512_maskz_scalef_ps(0xffff, x, n);
 }
+// table[index % 16] of each lane; the table is aligned to a register.
+inline Vec<float> lookup(const float* table, Vec<uint32_t> index) {
+  return (Vec<float>)_mm512_permutexvar_ps((__m512i)index, _mm512_load_ps(table));
+}
 #endif
 
 template <class T>
@@ -215,25 +219,6 @@ inline __attribute__((always_inline)) void for_lanes(int64_t n, const Body& body
     body(j, [rest](const auto* p) { return load(p, rest); }, [rest](auto* p, Vec<F> v) { store(p, v, rest); });
 }
 
-// op over all lanes, given in every lane: halves are folded, then quarters, so the order is the same for everybody.
-template <class F, class Op>
-inline Vec<F> fold_lanes(typename VecOf<F>::type v, const Op& op) {
-  Bits<Vec<F>> lane;
-  for (int i = 0; i < kLanes<F>; ++i) lane[i] = i;
-#pragma GCC unroll 4
-  for (int distance = kLanes<F> / 2; distance; distance /= 2)
-    v = op(v, __builtin_shuffle(v, lane ^ unsigned(distance)));
-  return v;
-}
-template <class F>
-inline Vec<F> sum_lanes(typename VecOf<F>::type v) {
-  return fold_lanes<F>(v, [](Vec<F> a, Vec<F> b) { return a + b; });
-}
-template <class F>
-inline Vec<F> max_lanes(typename VecOf<F>::type v) {
-  return fold_lanes<F>(v, [](Vec<F> a, Vec<F> b) { return a > b ? a : b; });
-}
-
 // 0, 1, 2 ...
 template <class F>
 inline Bits<Vec<F>> lanes() {
@@ -246,6 +231,24 @@ inline Bits<Vec<F>> lanes() {
 template <class V>
 inline V larger(V x, V otherwise) {
   return x > otherwise ? x : otherwise;
+}
+
+// op over all lanes, given in every lane: halves are folded, then quarters, so the order is the same for everybody.
+template <class F, class Op>
+inline Vec<F> fold_lanes(typename VecOf<F>::type v, const Op& op) {
+  const Bits<Vec<F>> lane = lanes<F>();
+#pragma GCC unroll 4
+  for (int distance = kLanes<F> / 2; distance; distance /= 2)
+    v = op(v, __builtin_shuffle(v, lane ^ unsigned(distance)));
+  return v;
+}
+template <class F>
+inline Vec<F> sum_lanes(typename VecOf<F>::type v) {
+  return fold_lanes<F>(v, [](Vec<F> a, Vec<F> b) { return a + b; });
+}
+template <class F>
+inline Vec<F> max_lanes(typename VecOf<F>::type v) {
+  return fold_lanes<F>(v, [](Vec<F> a, Vec<F> b) { return larger(a, b); });
 }
 
 // As fold_lanes for as many registers as a register has lanes: the result of register r is in lane r. Half the registers

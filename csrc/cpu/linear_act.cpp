@@ -116,9 +116,6 @@ Operand<T> operand(const T* data, int64_t stride, bool depth_major) {
   return {data, stride, depth_major};
 }
 
-template <class T, class W>
-constexpr bool kTakesFloat = sizeof(T) == 2 && sizeof(W) == 4;
-
 // Calls body with the input in the dtype that the caller has it in.
 template <class T, class W, class Args, class Body>
 void with_input(const Args& p, const Body& body) {

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator
 
 import typer
 
+from fastft.training.readers import first_line
+
 USER_ERROR, INTERRUPTED = 2, 130
 
 
@@ -37,7 +39,7 @@ def reporting(debug: bool = False, options: Iterable[str] = ()) -> Iterator[None
 
 def sentence(error: Exception) -> str | None:
     """``error`` in one line, None if it is none that a user can cause."""
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    first = first_line(error)
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _is_out_of_memory(first)):
         return f"out of memory, a smaller batch_size= or max_length= needs less: {first or type(error).__name__}"
     if isinstance(error, BrokenPipeError):

@@ -1,40 +1,35 @@
 """``fastft compare``: stock and fastft side by side on one's own model, data and machine."""
 
-from enum import Enum
 from typing import Annotated
 
 import typer
 
+from fastft.cli import _options
 from fastft.cli._errors import reporting
+from fastft.cli._options import flag, one_of, option
 from fastft.training.options import DTYPES
 
 MODEL, JOB, RUN = "Model and data", "Job whose time is projected", "Run"
-Dtype = Enum("Dtype", {name: name for name in DTYPES})
-
-
-def option(panel, metavar, help, *names):
-    """An option whose line of help holds its default, as a line of 80 columns has no room for more."""
-    return typer.Option(*names, help=help, metavar=metavar, rich_help_panel=panel, show_default=False)
 
 
 def compare(
     *,
-    model: Annotated[str, option(MODEL, "NAME_OR_DIR", "Name on the Hugging Face hub, or folder")],
-    data: Annotated[str | None, option(MODEL, "DATA", "As for finetune; else random tokens")] = None,
-    text: Annotated[str | None, option(MODEL, "COLUMN", "Column of the texts; else found")] = None,
-    label: Annotated[str | None, option(MODEL, "COLUMN", "Column of the labels; else found")] = None,
-    batch_size: Annotated[int, option(MODEL, "N", "Texts in a step (32)")] = 32,
-    max_length: Annotated[int, option(MODEL, "N", "Tokens of a text, the rest is cut (256)")] = 256,
-    epochs: Annotated[int, option(JOB, "N", "Passes over the data (3)")] = 3,
-    rows: Annotated[int | None, option(JOB, "N", "Texts; else those of DATA, or 10,000")] = None,
-    price: Annotated[float | None, option(JOB, "AMOUNT", "Of this machine per hour")] = None,
-    steps: Annotated[int, option(RUN, "N", "Timed steps, of each in turn (20)")] = 20,
-    dtype: Annotated[Dtype, option(RUN, "DTYPE", "auto, float32, bfloat16 (auto)")] = "auto",
-    seed: Annotated[int, option(RUN, "N", "The same gives the same batches (0)")] = 0,
-    json: Annotated[str | None, option(RUN, "FILE", "Write one JSON object")] = None,
-    html: Annotated[str | None, option(RUN, "FILE", "Write one page with plots")] = None,
-    quiet: Annotated[bool, option(RUN, " ", "No progress bar", "--quiet")] = False,
-    debug: Annotated[bool, option(RUN, " ", "Show tracebacks of errors", "--debug")] = False,
+    model: Annotated[str, option("NAME_OR_DIR", "Name on the Hugging Face hub, or folder", panel=MODEL)],
+    data: Annotated[str | None, option("DATA", "As for finetune; else random tokens", panel=MODEL)] = None,
+    text: Annotated[str | None, option("COLUMN", "Column of the texts; else found", panel=MODEL)] = None,
+    label: Annotated[str | None, option("COLUMN", "Column of the labels; else found", panel=MODEL)] = None,
+    batch_size: Annotated[int, option("N", "Texts in a step (32)", panel=MODEL)] = 32,
+    max_length: Annotated[int, option("N", "Tokens of a text, the rest is cut (256)", panel=MODEL)] = 256,
+    epochs: Annotated[int, option("N", "Passes over the data (3)", panel=JOB)] = 3,
+    rows: Annotated[int | None, option("N", "Texts; else those of DATA, or 10,000", panel=JOB)] = None,
+    price: Annotated[float | None, option("AMOUNT", "Of this machine per hour", panel=JOB)] = None,
+    steps: Annotated[int, option("N", "Timed steps, of each in turn (20)", panel=RUN)] = 20,
+    dtype: Annotated[one_of(DTYPES), option("DTYPE", "auto, float32, bfloat16 (auto)", panel=RUN)] = "auto",
+    seed: Annotated[int, option("N", "The same gives the same batches (0)", panel=RUN)] = 0,
+    json: Annotated[str | None, option("FILE", "Write one JSON object", panel=RUN)] = None,
+    html: Annotated[str | None, option("FILE", "Write one page with plots", panel=RUN)] = None,
+    quiet: Annotated[bool, flag("--quiet", "No progress bar", RUN)] = False,
+    debug: Annotated[bool, flag("--debug", "Show tracebacks of errors", RUN)] = False,
 ):
     """Show what fastft gains on your model, data and machine.
 
@@ -43,8 +38,7 @@ def compare(
 
     Example: fastft compare --model bert-base-uncased --data reviews.csv
     """
-    given = {name: value.value if isinstance(value, Enum) else value for name, value in locals().items()}
-    given.pop("debug")
+    given = _options.given(locals())
     with reporting(debug, given):
         from rich.console import Console
 

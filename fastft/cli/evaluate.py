@@ -5,11 +5,9 @@ from typing import Annotated
 
 import typer
 
+from fastft.cli import _options
 from fastft.cli._errors import reporting
-
-
-def option(metavar, help, *names):
-    return typer.Option(*names, help=help, metavar=metavar, show_default=False)
+from fastft.cli._options import flag, option
 
 
 def evaluate(
@@ -23,9 +21,9 @@ def evaluate(
     json: Annotated[str | None, option("FILE", "Write the scores there; - is the output.")] = None,
     batch_size: Annotated[int, option("N", "Texts at a time (32).")] = 32,
     max_length: Annotated[int | None, option("N", "Tokens of a text; else as in training.")] = None,
-    stock: Annotated[bool, option(" ", "Without fastft's kernels.", "--stock")] = False,
-    quiet: Annotated[bool, option(" ", "No progress bar.", "--quiet")] = False,
-    debug: Annotated[bool, option(" ", "Show tracebacks of errors.", "--debug")] = False,
+    stock: Annotated[bool, flag("--stock", "Without fastft's kernels.")] = False,
+    quiet: Annotated[bool, flag("--quiet", "No progress bar.")] = False,
+    debug: Annotated[bool, flag("--debug", "Show tracebacks of errors.")] = False,
 ):
     """Classify labelled texts and tell how many are right.
 
@@ -34,7 +32,7 @@ def evaluate(
 
     Example: fastft evaluate out test.csv --json scores.json
     """
-    given = {name: value for name, value in locals().items() if name not in ("json", "debug")}
+    given = _options.given(locals(), "json")
     with reporting(debug, given):
         import json as json_format
 

@@ -6,11 +6,9 @@ from typing import Annotated
 
 import typer
 
+from fastft.cli import _options
 from fastft.cli._errors import reporting
-
-
-def option(metavar, help, *names):
-    return typer.Option(*names, help=help, metavar=metavar, show_default=False)
+from fastft.cli._options import flag, option
 
 
 def predict(
@@ -25,9 +23,9 @@ def predict(
     top: Annotated[int, option("N", "Classes for each text (1).")] = 1,
     batch_size: Annotated[int, option("N", "Texts at a time (32).")] = 32,
     max_length: Annotated[int | None, option("N", "Tokens of a text; else as in training.")] = None,
-    stock: Annotated[bool, option(" ", "Without fastft's kernels.", "--stock")] = False,
-    quiet: Annotated[bool, option(" ", "No progress bar.", "--quiet")] = False,
-    debug: Annotated[bool, option(" ", "Show tracebacks of errors.", "--debug")] = False,
+    stock: Annotated[bool, flag("--stock", "Without fastft's kernels.")] = False,
+    quiet: Annotated[bool, flag("--quiet", "No progress bar.")] = False,
+    debug: Annotated[bool, flag("--debug", "Show tracebacks of errors.")] = False,
 ):
     """Tell the class of each text, with its probability.
 
@@ -37,7 +35,7 @@ def predict(
 
     Example: fastft predict out --file new.csv --output classes.csv
     """
-    given = {name: value for name, value in locals().items() if name not in ("texts", "file", "output", "debug")}
+    given = _options.given(locals(), "texts", "file", "output")
     with reporting(debug, given):
         from fastft.training import output as place
         from fastft.training.predict import SUFFIXES

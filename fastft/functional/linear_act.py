@@ -138,9 +138,8 @@ def _forward(input, weight, bias, activation, dtype, keep):
     """The output, and the pre-activation if the backward will need it."""
     N, K = weight.shape
     rows = _rows(input, K)
-    output = input.new_empty(
-        (*input.shape[:-1], N), dtype=dtype
-    )  # no view of another tensor: callers may change it in place
+    # No view of another tensor: callers may change it in place.
+    output = input.new_empty((*input.shape[:-1], N), dtype=dtype)
     preact = input.new_empty((rows.shape[0], N), dtype=dtype) if keep and activation else None
     torch.ops.fastft.linear_act_forward(
         output.view(rows.shape[0], N),
@@ -179,7 +178,9 @@ class _LinearAct(torch.autograd.Function):
         *tensors, preact = ctx.saved_tensors
         kernel = functools.partial(_backward, ctx.activation, preact, ctx.needs_input_grad[:3])
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            name = activations.NAMES[ctx.activation]
-            composition = lambda input, *parameters: reference(input.to(ctx.dtype), *parameters, name)  # noqa: E731
+
+            def composition(input, *parameters):
+                return reference(input.to(ctx.dtype), *parameters, activations.NAMES[ctx.activation])
+
             return *_autograd.Backward.apply(kernel, composition, grad_output, *tensors), None, None
         return *kernel(grad_output, *tensors), None, None

@@ -23,6 +23,7 @@ from transformers.utils import logging
 
 from fastft.training import files
 from fastft.training.classifier import TextClassifier, TextClassifierConfig
+from fastft.training.readers import first_line
 
 # What the architectures call their dropout probabilities.
 DROPOUTS = (
@@ -58,7 +59,7 @@ def load_classifier(
     Raises: ValueError: nothing to load there, or weights of the encoder itself are missing in it.
     """
     place = {"trust_remote_code": False}  # never on by default, and never asked for on the terminal
-    with _loading(name):
+    with loading(name):
         config = AutoConfig.from_pretrained(name, **place)
         tokenizer = AutoTokenizer.from_pretrained(name, **place)
     config.id2label = dict(enumerate(labels))
@@ -69,7 +70,7 @@ def load_classifier(
     if head == "pooler" and isinstance(config, TextClassifierConfig):
         raise ValueError(f"model={str(name)!r} is a TextClassifier, which has no pooler: pass head='cls'")
     model_class = TextClassifier if head == "cls" else AutoModelForSequenceClassification
-    with _loading(name):
+    with loading(name):
         model, loaded = model_class.from_pretrained(
             name, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **place
         )
@@ -84,14 +85,14 @@ def load_classifier(
 
 
 @contextlib.contextmanager
-def _loading(name: str | os.PathLike) -> Iterator[None]:
+def loading(name: str | os.PathLike) -> Iterator[None]:
     """Whatever transformers, tokenizers and safetensors raise about the checkpoint ``name``, in one sentence."""
     try:
         with transformers_quiet():
             yield
     except Exception as error:  # tokenizers raises nothing more specific
-        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ValueError(f"model={str(name)!r} cannot be loaded: {first}") from error
+        reason = first_line(error) or type(error).__name__
+        raise ValueError(f"model={str(name)!r} cannot be loaded: {reason}") from error
 
 
 def set_dropout(config: PreTrainedConfig, dropout: float) -> None:

@@ -8,7 +8,6 @@ import math
 import os
 import random
 from collections.abc import Callable, Iterator, Mapping
-from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from fastft.testing import timing
 from fastft.training import compare_job, compare_run, files
 from fastft.training.compare_report import CompareResult, page
 from fastft.training.data import load
+from fastft.training.options import SEED, Rule, numbers, whole
 
 DTYPES = {"auto": None, "float32": None, "bfloat16": torch.bfloat16}  # name: autocast
 
@@ -110,30 +110,20 @@ def compare(
 
 # ---- options
 
-_RULES: dict[str, tuple[type, Callable[[Any], bool], str]] = {
-    "batch_size": (int, lambda value: value >= 1, "a whole number from 1"),
-    "max_length": (int, lambda value: value >= 3, "a whole number from 3"),
-    "steps": (int, lambda value: value >= 2, "a whole number from 2"),
-    "epochs": (int, lambda value: value >= 1, "a whole number from 1"),
-    "rows": (int, lambda value: value >= 1, "None or a whole number from 1"),
+_RULES: dict[str, Rule] = {
+    "batch_size": whole(1),
+    "max_length": whole(3),
+    "steps": whole(2),
+    "epochs": whole(1),
+    "rows": whole(1, optional=True),
     "price": (float, lambda value: 0 <= value < math.inf, "None or a number from 0"),
-    "seed": (int, lambda value: 0 <= value < 2**32, f"a whole number from 0 to {2**32 - 1}"),
+    "seed": SEED,
 }
-_KINDS = {int: Integral, float: Real}
 
 
 def _checked(options: dict[str, Any]) -> dict[str, Any]:
     """``options`` with Python's own numbers instead of NumPy's, or a sentence about the first one that is wrong."""
-    checked = dict(options)
-    for name, (kind, holds, wanted) in _RULES.items():
-        value = options[name]
-        if value is None and wanted.startswith("None"):
-            continue
-        if not isinstance(value, _KINDS[kind]) or isinstance(value, bool):
-            raise TypeError(f"compare: {name}={value!r} is a {type(value).__name__}; {wanted} is needed")
-        if not holds(value):
-            raise ValueError(f"compare: {name}={value!r}; {wanted} is needed")
-        checked[name] = kind(value)
+    checked = options | numbers("compare", options, _RULES)
     if options["dtype"] not in DTYPES:
         raise ValueError(f"compare: dtype={options['dtype']!r} is none of {', '.join(DTYPES)}")
     if options["data"] is None and (options["text"] or options["label"]):

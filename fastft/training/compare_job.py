@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 import fastft
 from fastft.training import checkpoint, data, preprocess, tokens
 from fastft.training.classifier import TextClassifierConfig
+from fastft.training.tokens import padding_share
 
 TEXTS = 10_000  # that are tokenised; of larger data a random sample of this size
 MEGABATCH = 50  # batches among which transformers groups rows by length
@@ -85,22 +86,14 @@ def load(
         lengths, collate, facts["data"] = _tokenised(network, tokenizer, examples, names, max_length, seed)
         rows = len(examples)
     order = list(tokens.LengthGroupedSampler(lengths, batch_size, seed))
-    grouped, mixed = (
-        [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-        for rows in (order, random.Random(seed).sample(order, len(order)))
-    )
-    padding = {"grouped": padding_share(grouped, lengths), "ungrouped": padding_share(mixed, lengths)}
+    mixed = random.Random(seed).sample(order, len(order))
+    grouped, ungrouped = (tokens.batches(rows, batch_size) for rows in (order, mixed))
+    padding = {"grouped": padding_share(grouped, lengths), "ungrouped": padding_share(ungrouped, lengths)}
     facts["batches"] = (
         f"{len(grouped[0])} rows, grouped by length: {padding['grouped']:.1%} padding "
         f"({padding['ungrouped']:.1%} ungrouped)"
     )
     return Job(network, rows, lengths, collate, grouped, padding, facts)
-
-
-def padding_share(batches: Sequence[Sequence[int]], lengths: Sequence[int]) -> float:
-    """How much of ``batches``, row numbers that are padded to the longest of each, is padding."""
-    padded = sum(len(rows) * max(lengths[row] for row in rows) for rows in batches)
-    return 1 - sum(lengths[row] for rows in batches for row in rows) / padded
 
 
 # ---- the model
@@ -114,9 +107,8 @@ def _classifier(
         network, tokenizer, fresh, name = *_copied(model, labels), [], "the object given"
     else:
         name = str(model)
-        with checkpoint.transformers_quiet():
-            head, known = _head(model)
-            tokenizer, network, fresh = checkpoint.load_classifier(model, head, labels or known, None)
+        head, known = _head(model)
+        tokenizer, network, fresh = checkpoint.load_classifier(model, head, labels or known, None)
     size = sum(parameter.numel() for parameter in network.parameters())
     facts = {"model": f"{type(network).__name__} from {name}: {size:,} parameters"}
     return network, tokenizer, facts | ({"new": ", ".join(fresh)} if fresh else {})
@@ -124,10 +116,8 @@ def _classifier(
 
 def _head(name: str | os.PathLike) -> tuple[str, list[str]]:
     """(the head that a checkpoint has, else the usual one; the names of its classes, else of two)."""
-    try:
+    with checkpoint.loading(name):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model={str(name)!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
     labels = list(config.id2label.values())
     return "cls" if isinstance(config, TextClassifierConfig) else "pooler", labels if len(labels) > 1 else ["0", "1"]
 

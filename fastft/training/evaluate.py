@@ -11,6 +11,7 @@ import numpy as np
 
 from fastft.training import data as readable
 from fastft.training import metrics, preprocess, trained
+from fastft.training.options import numbers, whole
 
 
 @dataclass(frozen=True, repr=False)
@@ -68,8 +69,7 @@ def evaluate(
         quiet: no progress bar.
     Raises: ValueError, TypeError, OSError: one sentence that names the argument or place and the value.
     """
-    trained.check_number("evaluate", "batch_size", batch_size, 1)
-    trained.check_number("evaluate", "max_length", max_length, 3, optional=True)
+    numbers("evaluate", locals(), {"batch_size": whole(1), "max_length": whole(3, optional=True)})
     known = trained.describe(folder)
     examples = readable.load(data, text, label, encoding=encoding)
     targets, by_index = _targets(examples, known.names)

@@ -11,6 +11,7 @@ from typing import Any
 
 from fastft.training import data as readable
 from fastft.training import output, trained
+from fastft.training.options import numbers, whole
 
 SUFFIXES = (".csv", ".jsonl")
 SHOWN = 20  # texts, when it is printed
@@ -116,9 +117,7 @@ def predict(
         quiet: no progress bar.
     Raises: ValueError, TypeError, OSError: one sentence that names the argument or place and the value.
     """
-    for name, value in (("batch_size", batch_size), ("top", top)):
-        trained.check_number("predict", name, value, 1)
-    trained.check_number("predict", "max_length", max_length, 3, optional=True)
+    numbers("predict", locals(), {"batch_size": whole(1), "top": whole(1), "max_length": whole(3, optional=True)})
     known = trained.describe(folder)
     if top > len(known.names):
         raise ValueError(f"predict: top={top}; the model has {len(known.names)} classes: {', '.join(known.names)}")

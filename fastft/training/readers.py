@@ -86,6 +86,11 @@ def read_text(path: Path, encoding: str) -> str:
     return "".join(_lines(path, encoding, newline=None))
 
 
+def first_line(error: Exception) -> str:
+    """What libraries say in paragraphs, cut to the first line that says something; "" if none does."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+
+
 def shown(value: Any) -> str:
     """``value`` as Python writes it, cut short for a message."""
     if isinstance(value, str):

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from fastft import environment
 from fastft.training.data import Examples
 from fastft.training.preprocess import Prepared
-from fastft.training.tokens import LengthGroupedSampler, Tokens
+from fastft.training.tokens import LengthGroupedSampler, Tokens, batches, padding_share
 
 SHOWN_LABELS = 8  # a line of facts names no more, a confusion matrix is printed for no more
 SHOWN_CLASSES = 20  # a table of scores has no more
@@ -149,11 +149,7 @@ def facts(
 
 def _padding(lengths: list[int], batch_size: int, seed: int) -> float:
     """The share of padding in the batches of the first epoch."""
-    order = list(LengthGroupedSampler(lengths, batch_size, seed))
-    batches = [
-        [lengths[row] for row in order[start : start + batch_size]] for start in range(0, len(order), batch_size)
-    ]
-    return 1 - sum(lengths) / sum(max(batch) * len(batch) for batch in batches)
+    return padding_share(batches(list(LengthGroupedSampler(lengths, batch_size, seed)), batch_size), lengths)
 
 
 def _kernels_line(kernels: dict[str, Any] | None) -> str:

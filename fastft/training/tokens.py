@@ -57,6 +57,17 @@ def collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorWithPadding:
     return DataCollatorWithPadding(tokenizer)
 
 
+def batches(rows: Sequence[int], batch_size: int) -> list[Sequence[int]]:
+    """``rows`` in their order, cut into batches."""
+    return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+
+
+def padding_share(batches: Sequence[Sequence[int]], lengths: Sequence[int]) -> float:
+    """How much of ``batches``, row numbers that are padded to the longest of each, is padding."""
+    padded = sum(len(rows) * max(lengths[row] for row in rows) for rows in batches)
+    return 1 - sum(lengths[row] for rows in batches for row in rows) / padded
+
+
 class LengthGroupedSampler(torch.utils.data.Sampler):
     """transformers' grouping by length, in an order that depends on seed and epoch only.
 

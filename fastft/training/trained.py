@@ -7,11 +7,11 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastft.training import preprocess, run_folder
+from fastft.training.readers import first_line
 
 if TYPE_CHECKING:
     import torch
@@ -153,8 +153,8 @@ def load(known: Description, max_length: int | None, stock: bool) -> Trained:
                 known.folder, dtype=torch.float32, weights_only=True, output_loading_info=True, **place
             )
     except Exception as error:  # transformers, tokenizers, safetensors and pickle each raise their own
-        first = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
-        raise ValueError(f"{known.folder} cannot be loaded: {type(error).__name__}: {first}") from error
+        reason = first_line(error) or "no reason given"
+        raise ValueError(f"{known.folder} cannot be loaded: {type(error).__name__}: {reason}") from error
     lost = sorted(loaded["missing_keys"])
     if lost:
         raise ValueError(f"{known.folder} lacks {len(lost)} weights of the model, the first is {lost[0]}")
@@ -166,17 +166,6 @@ def load(known: Description, max_length: int | None, stock: bool) -> Trained:
     if not stock:
         fastft.optimize(model)
     return Trained(model, tokenizer, UNLIMITED if length == 2**31 else length)
-
-
-def check_number(function: str, name: str, value: Any, least: int, optional: bool = False) -> None:
-    """Raises: TypeError, ValueError: ``predict: batch_size=0; a whole number from 1 is needed``"""
-    if optional and value is None:
-        return
-    wanted = f"{'None or ' if optional else ''}a whole number from {least}"
-    if not isinstance(value, Integral) or isinstance(value, bool):
-        raise TypeError(f"{function}: {name}={value!r} is a {type(value).__name__}; {wanted} is needed")
-    if value < least:
-        raise ValueError(f"{function}: {name}={value}; {wanted} is needed")
 
 
 @contextlib.contextmanager
