@@ -1,12 +1,16 @@
 """Tests run with the shipped rule: nothing is measured, and no file of the user's is read."""
 
 import os
+import signal
 
 os.environ["FASTFT_TUNE"] = "0"
 
 import pytest
 
 from fastft import _library
+
+# A shell that starts the suite in the background has it ignore Ctrl-C, and so would the runs that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(params=_library.isas())
