@@ -53,6 +53,20 @@ inline Vec<float> lookup(const float* table, Vec<uint32_t> index) {
 }
 #endif
 
+// The products of the lower halves of x's lanes with a factor: philox.h's.
+inline Vec<uint64_t> wide_product(Vec<uint64_t> x, uint32_t factor) {
+  const Vec<uint64_t> other = Vec<uint64_t>{} + uint64_t(factor);
+#if defined(FASTFT_ISA_AVX512) || defined(FASTFT_ISA_AVX512_BF16)
+  return (Vec<uint64_t>)_mm512_mul_epu32((__m512i)x, (__m512i)other);
+#elif defined(FASTFT_ISA_AVX2)
+  return (Vec<uint64_t>)_mm256_mul_epu32((__m256i)x, (__m256i)other);
+#elif defined(__SSE2__)
+  return (Vec<uint64_t>)_mm_mul_epu32((__m128i)x, (__m128i)other);
+#else
+  return (x & uint64_t(0xffffffffu)) * other;
+#endif
+}
+
 template <class T>
 inline Vec<T> broadcast(T value) {
   return value - Vec<T>{};  // x - 0: the compiler's broadcast, exact for -0 and NaN
