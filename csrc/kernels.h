@@ -62,6 +62,9 @@ struct LinearActBackward {
   float* dx32 = nullptr;
 };
 
+// Rows of a partial sum over rows: fixed, so that the sum's order is.
+constexpr int64_t kSumRows = 64;
+
 // What statistics of T are kept in.
 template <class T>
 struct StatisticOf {
@@ -114,13 +117,50 @@ struct CrossEntropyBackward {
   int reduction;
 };
 
+// y = LayerNorm(h) w + b over rows of h = dropout(x) + residual; a null residual is zeros, a null seed no dropout (common/philox.h).
+template <class T, class W>
+struct LayerNormForward {
+  W* y;  // (M, H)
+  W* h;  // (M, H) or null; kept for the backward, which takes x for it where there is neither dropout nor residual
+  Statistic<W>* mean;  // (M) or null
+  Statistic<W>* rstd;  // (M) or null
+  const T* x;          // (M, H)
+  const W* residual;   // (M, H) or null
+  const W* w;          // (H) or null: ones
+  const W* b;          // (H) or null: zeros
+  int64_t M, H;
+  double eps;
+  const int64_t* seed;  // (1) or null
+  int64_t threshold, use;
+};
+
+// Gradients of x (of dropout's input), residual, w and b; each may be null.
+template <class T, class W>
+struct LayerNormBackward {
+  T* dx;                  // (M, H) or null
+  W* dresidual;           // (M, H) or null
+  W* dw;                  // (H) or null
+  W* db;                  // (H) or null
+  Statistic<W>* partial;  // (ceil(M / kSumRows), 2, H) workspace; CUDA only
+  const W* dy;            // (M, H)
+  const W* h;             // (M, H)
+  const Statistic<W>* mean;
+  const Statistic<W>* rstd;
+  const W* w;  // (H) or null
+  int64_t M, H;
+  const int64_t* seed;
+  int64_t threshold, use;
+};
+
 // Name of the kernel, name of its arguments. Every line becomes, for each instruction set, an entry of the dispatch table of cpu/isa.cpp
 // (with the pairs of dtypes of FASTFT_CPU_DTYPES), and a function of fastft::cuda.
-#define FASTFT_KERNELS(X)                       \
-  X(linear_act_forward, LinearActForward)       \
-  X(linear_act_backward, LinearActBackward)     \
-  X(cross_entropy_forward, CrossEntropyForward) \
-  X(cross_entropy_backward, CrossEntropyBackward)
+#define FASTFT_KERNELS(X)                         \
+  X(linear_act_forward, LinearActForward)         \
+  X(linear_act_backward, LinearActBackward)       \
+  X(cross_entropy_forward, CrossEntropyForward)   \
+  X(cross_entropy_backward, CrossEntropyBackward) \
+  X(layer_norm_forward, LayerNormForward)         \
+  X(layer_norm_backward, LayerNormBackward)
 
 // Suffix, T, W.
 #define FASTFT_CPU_DTYPES(X) X(f32, float, float) X(bf16, bf16, bf16) X(bf16_f32, bf16, float) X(f64, double, double)

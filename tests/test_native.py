@@ -6,6 +6,7 @@ import sys
 
 import native
 import numpy as np
+import philox
 import pytest
 import torch
 
@@ -168,6 +169,60 @@ def test_linear_act_rounds_a_float32_input_on_its_way_in(kernels):
     _, dw, db, *_, dx32 = call(kernels, "linear_act_backward_bf16_f32", *fields)
     np.testing.assert_array_equal(dw, rounded["dw"])
     np.testing.assert_array_equal(stored(dx32, BF16), rounded["dx"])
+
+
+# ---- layer_norm, with everything: dropout, a residual, parameters
+
+ROWS = [(1, 1), (3, 7), (5, 128), (70, 33), (2, 300), (0, 4)]  # (M, H)
+SEED, THRESHOLD, USE, EPS = -(2**62) + 12345, 13107, 2, 1e-5
+
+
+def layer_norm_inputs(sizes, dtypes, seed=0):
+    (M, H), (T, W), draw = sizes, dtypes, np.random.default_rng(seed).standard_normal
+    values = {"x": ((M, H), T), "residual": ((M, H), W), "w": (H, W), "b": (H, W), "dy": ((M, H), W)}
+    return {name: stored(draw(shape), dtype) for name, (shape, dtype) in values.items()}
+
+
+def layer_norm(kernels, suffix, x, residual, w, b, dy):
+    (T, W), (M, H) = DTYPES[suffix], x.shape
+    statistic, dropout = np.float64 if suffix == "f64" else np.float32, (np.array([SEED]), THRESHOLD, USE)
+    y, h = (unwritten(M, H, dtype=W) for _ in "yh")
+    mean, rstd = (unwritten(M, dtype=statistic) for _ in "mr")
+    forward = y, h, mean, rstd, x, residual, w, b, M, H, EPS, *dropout
+    y, h, mean, rstd, *_ = call(kernels, f"layer_norm_forward_{suffix}", *forward)
+    dx, dresidual, dw, db = (
+        unwritten(*shape, dtype=d) for shape, d in (((M, H), T), ((M, H), W), ((H,), W), ((H,), W))
+    )
+    backward = dx, dresidual, dw, db, None, dy, h, mean, rstd, w, M, H, *dropout
+    dx, dresidual, dw, db, *_ = call(kernels, f"layer_norm_backward_{suffix}", *backward)
+    return {"y": y, "h": h, "dx": dx, "dresidual": dresidual, "dw": dw, "db": db}
+
+
+def numpy_layer_norm(suffix, x, residual, w, b, dy, dtype):
+    """In ``dtype``, h rounded as the kernel keeps it, unless that is float64."""
+    T, W = (dtype, dtype) if dtype == np.float64 else DTYPES[suffix]
+    factors = philox.factors(SEED, USE, THRESHOLD, *x.shape).astype(dtype)
+    x, residual, w, b, dy = (numbers(array, dtype) for array in (x, residual, w, b, dy))
+    h = x * factors + residual
+    mean = h.mean(1, keepdims=True)
+    rstd = 1 / np.sqrt(h.var(1, keepdims=True) + dtype(EPS))
+    y, n, g = (h - mean) * rstd * w + b, (numbers(stored(h, W), dtype) - mean) * rstd, dy * w
+    dh = rstd * (g - g.mean(1, keepdims=True) - n * (g * n).mean(1, keepdims=True))
+    results = {"y": (y, W), "h": (h, W), "dx": (dh * factors, T), "dresidual": (dh, W)}
+    results |= {"dw": ((dy * n).sum(0), W), "db": (dy.sum(0), W)}
+    return {name: stored(array, kind) for name, (array, kind) in results.items()}
+
+
+@pytest.mark.parametrize("suffix", DTYPES)
+def test_layer_norm_is_numpys_at_any_size(kernels, suffix):
+    budget = error.Budget(double=suffix == "f64")
+    for seed in range(4):
+        for sizes in ROWS:
+            inputs = layer_norm_inputs(sizes, DTYPES[suffix], seed)
+            ours = layer_norm(kernels, suffix, **inputs)
+            theirs, truth = (numpy_layer_norm(suffix, **inputs, dtype=t) for t in (np.float32, np.float64))
+            budget.add(tensors(ours), tensors(theirs), tensors(truth), case=str(sizes), seed=seed)
+    budget.check()
 
 
 # ---- cross_entropy: class indices, some of them ignored, or probabilities; weights, smoothing, a mean

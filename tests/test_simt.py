@@ -12,7 +12,7 @@ from fastft.functional import linear_act
 from fastft.testing import error
 from fastft.testing.spec import TensorMaker, all_specs
 
-SPECS = [spec for spec in all_specs() if f"{spec.name}_forward" in simt.FIELDS]
+SPECS = [spec for spec in all_specs() if f"{spec.kernel}_forward" in simt.FIELDS]
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
 
 
@@ -41,7 +41,7 @@ def small(spec, dtype):
 def test_every_small_case_is_within_the_error_budget(spec, dtype, gpu):
     error.check_op(spec, small(spec, dtype), dtype)
     suffix = simt.SUFFIXES[dtype, dtype]
-    assert {f"{spec.name}_forward_{suffix}", f"{spec.name}_backward_{suffix}"} <= set(gpu)
+    assert {f"{spec.kernel}_forward_{suffix}", f"{spec.kernel}_backward_{suffix}"} <= set(gpu)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=repr)

@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "activation.h"
+#include "column_sums.h"
 #include "gelu_lookup.h"
 #include "gemm.h"
 
@@ -60,8 +61,6 @@ struct StoreEpilogue {  // rounds the tile to the output
   }
 };
 
-constexpr int64_t kSumRows = 64;  // rows of one partial sum of db: fixed, so that the sum's order is
-
 // A row of dz = dy act'(z), whole registers, and its sum onto the rows before it. dz may be null, and sum.
 template <int kActivation, class T>
 __attribute__((noinline)) void grad_preact_row(T* dz, Compute<T>* sum, const T* dy, const T* z, int64_t N, bool first) {
@@ -95,19 +94,6 @@ void grad_preact(T* dz, Compute<T>* sums, const T* dy, const T* z, int64_t M, in
       if (dz) std::memcpy(dz + at + whole, dz_rest, size_t(rest) * sizeof(T));
     }
     if (rest && sum) std::memcpy(sum + whole, sum_rest, size_t(rest) * sizeof(Acc));
-  });
-}
-
-template <class Acc, class W>
-void add_up(W* db, const Acc* sums, int64_t chunks, int64_t N, const Host& host) {
-  constexpr int64_t kCols = 256;
-  parallel_for(host, ceil_div(N, kCols), [&](int64_t task, int) {
-    const int64_t from = task * kCols, count = N - from < kCols ? N - from : kCols;
-    for_lanes<Acc>(count, [&](int64_t j, auto load, auto store) {
-      Vec<Acc> sum = {};
-      for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += load(sums + chunk * N + from + j);
-      store(db + from + j, sum);
-    });
   });
 }
 
@@ -154,7 +140,7 @@ void linear_act_backward(const LinearActBackward<T, W>& p, const Host& host) {
     dispatch_activation(p.activation, [&](auto activation) {
       grad_preact<activation.value, T>(made, sums, p.dy, p.z, p.M, p.N, host);
     });
-  if (p.db) add_up(p.db, sums, chunks, p.N, host);
+  if (p.db) add_up(p.db, sums, chunks, p.N, p.N, host);
   const auto grad_input = [&](auto* dx) {
     using Out = std::remove_pointer_t<decltype(dx)>;
     const StoreEpilogue<T, Out> epilogue{dx, p.K};

@@ -2,6 +2,8 @@
 
 from fastft.activations import NAMES as ACTIVATIONS
 from fastft.functional.cross_entropy import cross_entropy
+from fastft.functional.dropout_add_layer_norm import dropout_add_layer_norm
+from fastft.functional.layer_norm import layer_norm
 from fastft.functional.linear_act import linear_act
 
-__all__ = ["ACTIVATIONS", "cross_entropy", "linear_act"]
+__all__ = ["ACTIVATIONS", "cross_entropy", "dropout_add_layer_norm", "layer_norm", "linear_act"]

@@ -77,9 +77,11 @@ class OpSpec:
     dtypes: tuple[torch.dtype, ...] = FLOATS
     grid: Callable[..., Iterator[Sample]] | None = None  # (t, rows=…): sizes where it must never be slower; not tested
     name: str = ""  # the op's, unless given
+    kernel: str = ""  # of csrc/kernels.h, without _forward and _backward; the name, unless given
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", self.name or self.op.__name__)
+        object.__setattr__(self, "kernel", self.kernel or self.name)
 
     def __repr__(self) -> str:
         return f"OpSpec({self.name})"

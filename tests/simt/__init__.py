@@ -68,8 +68,24 @@ def index_or_probability(target):
     return (target, None) if target.dtype == torch.int64 else (None, target)
 
 
+def layer_norm_forward(y, h, mean, rstd, x, residual, w, b, eps, *dropout):
+    return (x, y), (y, h, mean, rstd, x, residual, w, b, *x.shape, eps, *dropout)
+
+
+def layer_norm_backward(dx, dresidual, dw, db, partial, dy, h, mean, rstd, w, *dropout):
+    if partial is None:  # Python makes this workspace for CUDA tensors only
+        partial = mean.new_empty(math.ceil(len(dy) / 64), 2, dy.shape[1])
+    fields = (dx, dresidual, dw, db, partial, dy, h, mean, rstd, w, *dy.shape, *dropout)
+    return (dy if dx is None else dx, dy), fields
+
+
 FIELDS = {
-    op.__name__: op for op in (linear_act_forward, linear_act_backward, cross_entropy_forward, cross_entropy_backward)
+    op.__name__: op
+    for op in (
+        *(linear_act_forward, linear_act_backward),
+        *(cross_entropy_forward, cross_entropy_backward),
+        *(layer_norm_forward, layer_norm_backward),
+    )
 }
 
 # ---- the ops' kernels replaced
