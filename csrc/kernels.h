@@ -46,7 +46,7 @@ struct LinearActForward {
   const float* x32 = nullptr;  // in place of x where kTakesFloat: fp32 that is rounded on its way in; CPU only
 };
 
-// dz = dy act'(z), dx = dz w, dw = dz^T x, db = column sums of dz; each of the three outputs may be null.
+// dz = dy act'(z), dx = dz w + add, dw = dz^T x, db = column sums of dz; each of the three outputs may be null.
 template <class T, class W>
 struct LinearActBackward {
   T* dx;        // (M, K) or null
@@ -58,8 +58,11 @@ struct LinearActBackward {
   const W* w;   // (N, K), may be null without dx
   int64_t M, N, K;
   int activation;
-  const float* x32 = nullptr;  // in place of x, and its gradient, as in the forward
+  const T* add = nullptr;      // (M, K) or null: a gradient that comes to x another way
+  T* y = nullptr;              // (M, N) or null: act(z) once more, for whom it was an input
+  const float* x32 = nullptr;  // in place of x, as in the forward; of its gradient; and of add
   float* dx32 = nullptr;
+  const float* add32 = nullptr;
 };
 
 // Rows of a partial sum over rows: fixed, so that the sum's order is.

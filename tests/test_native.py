@@ -101,9 +101,10 @@ def linear_act(kernels, suffix, activation, x, w, b, dy):
     y, z, *_ = call(kernels, f"linear_act_forward_{suffix}", y, z, x, w, b, M, N, K, index, None)
     dx, dw, db = unwritten(M, K, dtype=T), unwritten(N, K, dtype=W), unwritten(N, dtype=W)
     kept = None if activation == "identity" else z
-    fields = dx, dw, db, dy, kept, x, w, M, N, K, index, None, None
-    dx, dw, db, *_ = call(kernels, f"linear_act_backward_{suffix}", *fields)
-    return {"y": y, "z": z, "dx": dx, "dw": dw, "db": db}
+    again = None if kept is None else unwritten(M, N, dtype=T)
+    fields = dx, dw, db, dy, kept, x, w, M, N, K, index, None, again, None, None, None
+    dx, dw, db, *_, again, _, _, _ = call(kernels, f"linear_act_backward_{suffix}", *fields)
+    return {"y": y, "z": z, "dx": dx, "dw": dw, "db": db, "y again": y if again is None else again}
 
 
 def numpy_linear_act(suffix, activation, x, w, b, dy, dtype):
@@ -114,7 +115,8 @@ def numpy_linear_act(suffix, activation, x, w, b, dy, dtype):
     x, w, b, dy = (numbers(array, dtype) for array in (x, w, b, dy))
     z = x @ w.T + b
     dz = numbers(stored(dy * df(numbers(stored(z, T), dtype)), T), dtype)
-    results = {"y": (f(z), T), "z": (z, T), "dx": (dz @ w, T), "dw": (dz.T @ x, W), "db": (dz.sum(0), W)}
+    again = f(numbers(stored(z, T), dtype))
+    results = {"y": (f(z), T), "y again": (again, T), "z": (z, T), "dx": (dz @ w, T), "dw": (dz.T @ x, W), "db": (dz.sum(0), W)}
     return {name: stored(array, kind) for name, (array, kind) in results.items()}
 
 
@@ -152,8 +154,20 @@ def test_linear_act_leaves_out_what_is_not_wanted(kernels):
         outputs = [None, None, None]
         outputs[position] = np.full_like(everything[name], np.nan)
         needed = x if name == "dw" else None, w if name == "dx" else None
-        fields = *outputs, dy, everything["z"], *needed, 6, 10, 9, activations.index("gelu"), None, None
+        fields = *outputs, dy, everything["z"], *needed, 6, 10, 9, activations.index("gelu"), *[None] * 5
         np.testing.assert_array_equal(call(kernels, "linear_act_backward_f32", *fields)[position], everything[name])
+
+
+@pytest.mark.parametrize("suffix", DTYPES)
+def test_linear_act_adds_a_gradient_before_it_rounds(kernels, suffix):
+    """In whole numbers, so that the sum is exact in every dtype."""
+    T, W = DTYPES[suffix]
+    M, N, K = 37, 45, 70
+    draw = np.random.default_rng(0).integers
+    dy, w, add = (draw(-1, 2, shape) for shape in ((M, N), (N, K), (M, K)))
+    fields = *(stored(dy, T), None, None, stored(w, W), M, N, K, 0), stored(add, T), *[None] * 4
+    dx = call(kernels, f"linear_act_backward_{suffix}", unwritten(M, K, dtype=T), None, None, *fields)[0]
+    np.testing.assert_array_equal(numbers(dx), dy @ w + add)
 
 
 def test_linear_act_rounds_a_float32_input_on_its_way_in(kernels):
@@ -165,8 +179,8 @@ def test_linear_act_rounds_a_float32_input_on_its_way_in(kernels):
     y, z, *_ = call(kernels, "linear_act_forward_bf16_f32", y, z, None, w, b, M, N, K, index, x32)
     np.testing.assert_array_equal(y, rounded["y"])
     dw, db, dx32 = unwritten(N, K, dtype=np.float32), unwritten(N, dtype=np.float32), unwritten(M, K, dtype=np.float32)
-    fields = None, dw, db, dy, z, None, w, M, N, K, index, x32, dx32
-    _, dw, db, *_, dx32 = call(kernels, "linear_act_backward_bf16_f32", *fields)
+    fields = None, dw, db, dy, z, None, w, M, N, K, index, None, None, x32, dx32, None
+    _, dw, db, *_, dx32, _ = call(kernels, "linear_act_backward_bf16_f32", *fields)
     np.testing.assert_array_equal(dw, rounded["dw"])
     np.testing.assert_array_equal(stored(dx32, BF16), rounded["dx"])
 

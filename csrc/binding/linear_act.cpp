@@ -31,7 +31,8 @@ template <class T, class W>
 LinearActBackward<T, W> backward_args(const std::optional<Tensor>& grad_input, const std::optional<Tensor>& grad_weight,
                                       const std::optional<Tensor>& grad_bias, const Tensor& grad_output,
                                       const std::optional<Tensor>& preact, const Tensor& input, const Tensor& weight,
-                                      int64_t activation) {
+                                      int64_t activation, const std::optional<Tensor>& add,
+                                      const std::optional<Tensor>& output) {
   const int64_t N = weight.size(0), K = weight.size(1), M = input.size(0);
   if (activation != 0 && !preact) refuse("preact", "is missing");
   const bool x32 = takes_float<T, W>(input);
@@ -46,8 +47,11 @@ LinearActBackward<T, W> backward_args(const std::optional<Tensor>& grad_input, c
           N,
           K,
           int(activation),
+          x32 ? nullptr : pointer<const T>(add, "add", {M, K}),
+          fresh<T>(output, "output", {M, N}),
           x32 ? pointer<const float>(input, "input", {M, K}) : nullptr,
-          x32 ? fresh<float>(grad_input, "grad_input", {M, K}) : nullptr};
+          x32 ? fresh<float>(grad_input, "grad_input", {M, K}) : nullptr,
+          x32 ? pointer<const float>(add, "add", {M, K}) : nullptr};
 }
 
 void forward_cpu(Tensor output, std::optional<Tensor> preact, Tensor input, Tensor weight, std::optional<Tensor> bias,
@@ -61,13 +65,14 @@ void forward_cpu(Tensor output, std::optional<Tensor> preact, Tensor input, Tens
 }
 
 void backward_cpu(std::optional<Tensor> grad_input, std::optional<Tensor> grad_weight, std::optional<Tensor> grad_bias,
-                  Tensor grad_output, std::optional<Tensor> preact, Tensor input, Tensor weight, int64_t activation) {
+                  Tensor grad_output, std::optional<Tensor> preact, Tensor input, Tensor weight, int64_t activation,
+                  std::optional<Tensor> add, std::optional<Tensor> output) {
   with_dtypes<false>(grad_output.scalar_type(), weight.scalar_type(), [&](auto types) {
     using Y = decltype(types);
     HostLease host;
     cpu::kernels().linear_act_backward(
         backward_args<typename Y::T, typename Y::W>(grad_input, grad_weight, grad_bias, grad_output, preact, input,
-                                                    weight, activation),
+                                                    weight, activation, add, output),
         host);
   });
 }
@@ -84,12 +89,14 @@ void forward_cuda(Tensor output, std::optional<Tensor> preact, Tensor input, Ten
 }
 
 void backward_cuda(std::optional<Tensor> grad_input, std::optional<Tensor> grad_weight, std::optional<Tensor> grad_bias,
-                   Tensor grad_output, std::optional<Tensor> preact, Tensor input, Tensor weight, int64_t activation) {
+                   Tensor grad_output, std::optional<Tensor> preact, Tensor input, Tensor weight, int64_t activation,
+                   std::optional<Tensor> add, std::optional<Tensor> output) {
   with_dtypes<true>(input.scalar_type(), weight.scalar_type(), [&](auto types) {
     using Y = decltype(types);
-    cuda::linear_act_backward(backward_args<typename Y::T, typename Y::W>(
-                                  grad_input, grad_weight, grad_bias, grad_output, preact, input, weight, activation),
-                              StreamLease(input));
+    cuda::linear_act_backward(
+        backward_args<typename Y::T, typename Y::W>(grad_input, grad_weight, grad_bias, grad_output, preact, input,
+                                                    weight, activation, add, output),
+        StreamLease(input));
   });
 }
 #endif
@@ -102,8 +109,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastft, m) {
       "activation) -> ()");
   m.def(
       "linear_act_backward(Tensor(a!)? grad_input, Tensor(b!)? grad_weight, Tensor(c!)? grad_bias, Tensor grad_output, "
-      "Tensor? preact, "
-      "Tensor input, Tensor weight, int activation) -> ()");
+      "Tensor? preact, Tensor input, Tensor weight, int activation, Tensor? add=None, Tensor(d!)? output=None) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastft, CPU, m) {
   m.impl("linear_act_forward", TORCH_BOX(&forward_cpu));

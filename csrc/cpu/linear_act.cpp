@@ -46,18 +46,22 @@ struct ForwardEpilogue {
 };
 
 template <class T, class Out>
-struct StoreEpilogue {  // rounds the tile to the output
+struct StoreEpilogue {  // rounds the tile, or its sum with `add`, to the output
   using Acc = Compute<T>;
   Out* out;
+  const Out* add;  // or null
   int64_t stride;
 
   static void run(const void* context, const Acc* tile, int64_t row, int64_t col, int rows, int cols) {
     const auto& p = *static_cast<const StoreEpilogue*>(context);
-    for (int i = 0; i < rows; ++i)
+    for (int i = 0; i < rows; ++i) {
+      const int64_t at = (row + i) * p.stride + col;
       for_lanes<Acc>(cols, [&](int64_t j, auto load_some, auto store_some) {
-        (void)load_some;
-        store_some(p.out + (row + i) * p.stride + col + j, load(tile + i * kTileCols<typename TileFor<T>::type> + j));
+        Vec<Acc> value = load(tile + i * kTileCols<typename TileFor<T>::type> + j);
+        if (p.add) value += load_some(p.add + at + j);
+        store_some(p.out + at + j, value);
       });
+    }
   }
 };
 
@@ -73,25 +77,36 @@ __attribute__((noinline)) void grad_preact_row(T* dz, Compute<T>* sum, const T* 
   }
 }
 
-// dz and the sums of its columns over each kSumRows rows (chunks, N), in one pass. dz is null for the identity, sums
-// where nobody wants them.
+// A row of y = act(z), whole registers.
 template <int kActivation, class T>
-void grad_preact(T* dz, Compute<T>* sums, const T* dy, const T* z, int64_t M, int64_t N, const Host& host) {
+__attribute__((noinline)) void activation_row(T* y, const T* z, int64_t N) {
+  using Acc = Compute<T>;
+  for (int64_t j = 0; j < N; j += kLanes<Acc>) store(y + j, Act<kActivation>::f(load(z + j)));
+}
+
+// dz and the sums of its columns over each kSumRows rows (chunks, N), in one pass, and y = act(z) again. dz is null for
+// the identity, sums and y where nobody wants them.
+template <int kActivation, class T>
+void grad_preact(T* dz, Compute<T>* sums, T* y, const T* dy, const T* z, int64_t M, int64_t N, const Host& host) {
   using Acc = Compute<T>;
   constexpr int L = kLanes<Acc>;
   const int64_t whole = N / L * L, rest = N - whole;
   parallel_for(host, ceil_div(M, kSumRows), [&](int64_t chunk, int) {
     const int64_t begin = chunk * kSumRows, end = begin + kSumRows < M ? begin + kSumRows : M;
     Acc* const sum = sums ? sums + chunk * N : nullptr;
-    T dz_rest[L], dy_rest[L] = {}, z_rest[L] = {};  // the last columns, padded to a register
+    T dz_rest[L], y_rest[L], dy_rest[L] = {}, z_rest[L] = {};  // the last columns, padded to a register
     Acc sum_rest[L];
     for (int64_t i = begin, at = begin * N; i < end; ++i, at += N) {
       grad_preact_row<kActivation>(dz ? dz + at : nullptr, sum, dy + at, z ? z + at : nullptr, whole, i == begin);
+      if (y) activation_row<kActivation>(y + at, z + at, whole);
       if (!rest) continue;
       std::memcpy(dy_rest, dy + at + whole, size_t(rest) * sizeof(T));
       if (z) std::memcpy(z_rest, z + at + whole, size_t(rest) * sizeof(T));
       grad_preact_row<kActivation>(dz_rest, sum_rest, dy_rest, z_rest, L, i == begin);
       if (dz) std::memcpy(dz + at + whole, dz_rest, size_t(rest) * sizeof(T));
+      if (!y) continue;
+      activation_row<kActivation>(y_rest, z_rest, L);
+      std::memcpy(y + at + whole, y_rest, size_t(rest) * sizeof(T));
     }
     if (rest && sum) std::memcpy(sum + whole, sum_rest, size_t(rest) * sizeof(Acc));
   });
@@ -138,20 +153,20 @@ void linear_act_backward(const LinearActBackward<T, W>& p, const Host& host) {
   const T* const dz = made ? made : p.dy;
   if (made || sums)
     dispatch_activation(p.activation, [&](auto activation) {
-      grad_preact<activation.value, T>(made, sums, p.dy, p.z, p.M, p.N, host);
+      grad_preact<activation.value, T>(made, sums, made ? p.y : nullptr, p.dy, p.z, p.M, p.N, host);
     });
   if (p.db) add_up(p.db, sums, chunks, p.N, p.N, host);
-  const auto grad_input = [&](auto* dx) {
+  const auto grad_input = [&](auto* dx, const auto* add) {
     using Out = std::remove_pointer_t<decltype(dx)>;
-    const StoreEpilogue<T, Out> epilogue{dx, p.K};
+    const StoreEpilogue<T, Out> epilogue{dx, add, p.K};
     gemm<T>(p.M, p.K, p.N, Operand<T>{dz, p.N, false}, Operand<W>{p.w, p.K, true},
             {&epilogue.run, &epilogue, {{dx, p.K * int64_t(sizeof(Out)), sizeof(Out)}, {}}}, host);
   };
-  if (p.dx) grad_input(p.dx);
+  if (p.dx) grad_input(p.dx, p.add);
   if constexpr (kTakesFloat<T, W>)
-    if (p.dx32) grad_input(p.dx32);
+    if (p.dx32) grad_input(p.dx32, p.add32);
   if (p.dw) {
-    const StoreEpilogue<T, W> epilogue{p.dw, p.K};
+    const StoreEpilogue<T, W> epilogue{p.dw, nullptr, p.K};
     with_input<T, W>(p, [&](const auto* x) {
       gemm<T>(p.N, p.K, p.M, Operand<T>{dz, p.N, true}, operand(x, p.K, true),
               {&epilogue.run, &epilogue, {{p.dw, p.K * int64_t(sizeof(W)), sizeof(W)}, {}}}, host);

@@ -76,12 +76,22 @@ struct BiasActivation {
 template <class Out>
 struct Store {
   Out* out;
+  const Out* add;  // or null
   int64_t stride;
 
-  __device__ void operator()(int64_t i, int64_t j, Compute<Out> value) const {
-    out[i * stride + j] = from_float<Out>(value);
+  template <class F>
+  __device__ void operator()(int64_t i, int64_t j, F value) const {
+    const int64_t at = i * stride + j;
+    out[at] = from_float<Out>(add ? value + F(to_float(add[at])) : value);
   }
 };
+
+// y = act(z), element by element
+template <class T>
+__global__ void activation_kernel(T* y, const T* z, int64_t n, int activation) {
+  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (i < n) y[i] = from_float<T>(activation_of(activation, to_float(z[i])));
+}
 
 // ---- kernels
 
@@ -174,8 +184,11 @@ void linear_act_backward(const LinearActBackward<T, W>& p, Stream stream) {
   using F = Compute<T>;
   const GradPreact<T, false> dz{p.dy, p.z, p.N, p.activation};
   const GradPreact<T, true> dz_transposed{p.dy, p.z, p.N, p.activation};
-  if (p.dx) product<F>(dz, Matrix<W, true>{p.w, p.K}, Store<T>{p.dx, p.K}, p.M, p.K, p.N, stream);
-  if (p.dw) product<F>(dz_transposed, Matrix<T, true>{p.x, p.K}, Store<W>{p.dw, p.K}, p.N, p.K, p.M, stream);
+  if (p.dx) product<F>(dz, Matrix<W, true>{p.w, p.K}, Store<T>{p.dx, p.add, p.K}, p.M, p.K, p.N, stream);
+  if (p.dw) product<F>(dz_transposed, Matrix<T, true>{p.x, p.K}, Store<W>{p.dw, nullptr, p.K}, p.N, p.K, p.M, stream);
+  if (p.y && p.z)
+    launch(activation_kernel<T>, grid_of(ceil_div(p.M * p.N, kThreads)), kThreads, 0, stream, p.y, p.z, p.M * p.N,
+           p.activation);
   if (p.db) {
     const dim3 grid = grid_of(ceil_div(p.N, kSumCols));
     launch(column_sums_kernel<F, GradPreact<T, false>, W>, grid, kThreads, 0, stream, p.db, dz, p.M, p.N);

@@ -44,8 +44,8 @@ def linear_act_forward(y, z, x, w, b, activation):
     return (x, w), (y, z, x, w, b, len(x), *w.shape, activation, None)
 
 
-def linear_act_backward(dx, dw, db, dy, z, x, w, activation):
-    return (x, w), (dx, dw, db, dy, z, x, w, len(x), *w.shape, activation, None, None)
+def linear_act_backward(dx, dw, db, dy, z, x, w, activation, add=None, y=None):
+    return (x, w), (dx, dw, db, dy, z, x, w, len(x), *w.shape, activation, add, y, None, None, None)
 
 
 def cross_entropy_forward(loss, stats, divisor, row_loss, x, target, w, *options):
