@@ -45,7 +45,8 @@ def step(model, inputs):
     model.zero_grad()
     if isinstance(model, BertModel):
         output = model(**{key: value for key, value in inputs.items() if key != "labels"})
-        results = {"hidden": output.last_hidden_state, "pooled": output.pooler_output}
+        present = inputs["attention_mask"][:, :, None]  # hidden states of padding are nobody's business
+        results = {"hidden": output.last_hidden_state * present, "pooled": output.pooler_output}
         generator = torch.Generator().manual_seed(1)
         weights = [torch.randn(result.shape, generator=generator) for result in results.values()]
         loss = sum((w.to(result) * result).sum() for w, result in zip(weights, results.values(), strict=True))

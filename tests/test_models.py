@@ -154,12 +154,38 @@ def test_outputs_may_be_changed_in_place():
     assert (fastft.optimize(model)(input) >= 0).all()
 
 
+@pytest.mark.parametrize("before", [True, False], ids=["enabled before optimize", "after"])
+@pytest.mark.parametrize("whole", [True, False], ids=["layers", "modules"])
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing_changes_no_number(reentrant):
-    model, inputs = fastft.optimize(build().train()), batch()
-    expected = step(model, inputs)
+def test_gradient_checkpointing_keeps_less_and_changes_no_number(reentrant, whole, before):
+    def kept(model):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+            model(**inputs)
+        return sum(sizes) - sum(p.numel() for p in model.parameters())
+
+    model, inputs = build().train(), batch()
+    if not whole:
+        for layer in model.bert.encoder.layer:
+            layer.chunk_size_feed_forward = 11
+    options = {"padding_free": False, "cls_only": False}
+    expected, everything = step(fastft.optimize(model, **options), inputs), kept(model)
+    if before:
+        fastft.restore(model)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    assert_same(step(model, inputs), expected)
+    assert_same(step(fastft.optimize(model, **options), inputs), expected)
+    if whole or not reentrant:  # whose first pass is recorded by nobody
+        assert kept(model) < everything
+    assert fastft.restore(model).bert.encoder.layer[0].gradient_checkpointing is True
+
+
+@pytest.mark.parametrize("memory", ["low", "lowest"])
+def test_activation_memory_changes_no_number(memory):
+    model, inputs = build().train(), batch()
+    expected = step(fastft.optimize(model), inputs)
+    assert_same(step(fastft.optimize(model, activation_memory=memory), inputs), expected)
+    with pytest.raises(ValueError, match="activation_memory is 'least', must be one of 'fast', 'low', 'lowest'"):
+        fastft.optimize(model, activation_memory="least")
 
 
 class _Rows(torch.utils.data.Dataset):
@@ -203,11 +229,18 @@ def test_every_forward_has_the_signature_of_the_one_it_replaces(architecture):
         if isinstance(module, Swapped):
             stock = type(module).__bases__[1]
             assert inspect.signature(type(module).forward) == inspect.signature(stock.forward)
-            assert type(module).forward.__wrapped__ is stock.forward
+            assert stock.forward in _wrapped(type(module).forward)
+
+
+def _wrapped(function):
+    """What a function stands for, directly and in turn."""
+    while function := getattr(function, "__wrapped__", None):
+        yield function
 
 
 def test_compiles_in_one_graph():
-    model, inputs = fastft.optimize(build(num_hidden_layers=1)), batch()
+    # Compiled, padding is computed and so are all tokens: other sums in other orders.
+    model, inputs = fastft.optimize(build(num_hidden_layers=1), padding_free=False, cls_only=False), batch()
     expected = step(model, inputs)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     model.zero_grad()

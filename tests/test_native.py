@@ -116,7 +116,14 @@ def numpy_linear_act(suffix, activation, x, w, b, dy, dtype):
     z = x @ w.T + b
     dz = numbers(stored(dy * df(numbers(stored(z, T), dtype)), T), dtype)
     again = f(numbers(stored(z, T), dtype))
-    results = {"y": (f(z), T), "y again": (again, T), "z": (z, T), "dx": (dz @ w, T), "dw": (dz.T @ x, W), "db": (dz.sum(0), W)}
+    results = {
+        "y": (f(z), T),
+        "y again": (again, T),
+        "z": (z, T),
+        "dx": (dz @ w, T),
+        "dw": (dz.T @ x, W),
+        "db": (dz.sum(0), W),
+    }
     return {name: stored(array, kind) for name, (array, kind) in results.items()}
 
 

@@ -20,7 +20,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
 def gpu(monkeypatch):
     """Our ops run their CUDA kernels; gives the names of those that ran."""
     module = sys.modules["fastft.functional.linear_act"]
-    monkeypatch.setattr(module, "_rounds_input", lambda input, cast: False)  # as for tensors on a GPU
+    monkeypatch.setattr(module, "rounds_input", lambda input, cast: False)  # as for tensors on a GPU
     with simt.cuda_on_cpu() as names:
         yield names
 

@@ -98,7 +98,7 @@ def normalize(rows, residual, weight, bias, eps, dropout=None):
     """
     if _autograd.needs_grad(rows, residual, weight, bias):
         return _Normalize.apply(rows, residual, weight, bias, eps, *(dropout or (None, 0, 0)))
-    return _forward(rows, residual, weight, bias, eps, dropout or (None, 0, 0), keep=False)[0]
+    return forward(rows, residual, weight, bias, eps, dropout or (None, 0, 0), keep=False)[0]
 
 
 def composition(rows, residual, weight, bias, eps, dropout):
@@ -112,7 +112,7 @@ def composition(rows, residual, weight, bias, eps, dropout):
     return torch.nn.functional.layer_norm(rows, rows.shape[-1:], weight, bias, eps)
 
 
-def _forward(rows, residual, weight, bias, eps, dropout, keep):
+def forward(rows, residual, weight, bias, eps, dropout, keep):
     """The output, and what the backward needs: the normalised sum, its mean and 1 / deviation."""
     kept = next((tensor.dtype for tensor in (weight, bias, residual) if tensor is not None), rows.dtype)
     rows, M = rows.contiguous(), rows.shape[0]
@@ -126,7 +126,7 @@ def _forward(rows, residual, weight, bias, eps, dropout, keep):
     return output, rows if sum is None else sum, mean, rstd
 
 
-def _backward(saved, dropout, wanted, grad_output, rows, residual, weight, bias):
+def backward(saved, dropout, wanted, grad_output, rows, residual, weight, bias):
     """Gradients of rows, residual, weight and bias, None where not wanted."""
     sum, mean, rstd = saved
     M, H = sum.shape
@@ -148,7 +148,7 @@ def _backward(saved, dropout, wanted, grad_output, rows, residual, weight, bias)
 class _Normalize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows, residual, weight, bias, eps, seed, threshold, use):
-        output, *saved = _forward(rows, residual, weight, bias, eps, (seed, threshold, use), keep=True)
+        output, *saved = forward(rows, residual, weight, bias, eps, (seed, threshold, use), keep=True)
         ctx.eps, ctx.threshold, ctx.use = eps, threshold, use
         ctx.save_for_backward(rows, residual, weight, bias, seed, *saved)
         return output
@@ -159,7 +159,7 @@ class _Normalize(torch.autograd.Function):
         tensors, dropout = (rows, residual, weight, bias), (seed, ctx.threshold, ctx.use)
 
         def kernel(grad_output, *tensors):
-            return _backward(saved, dropout, ctx.needs_input_grad[:4], grad_output, *tensors)
+            return backward(saved, dropout, ctx.needs_input_grad[:4], grad_output, *tensors)
 
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
 

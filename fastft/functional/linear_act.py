@@ -43,12 +43,12 @@ def linear_act(input, weight, bias=None, activation="gelu"):
         masters = weight.dtype == torch.float32 and (bias is None or bias.dtype == torch.float32)
         if not masters:
             weight, bias = weight.to(cast), None if bias is None else bias.to(cast)
-        if not (masters and _rounds_input(input, cast)):
+        if not (masters and rounds_input(input, cast)):
             input = input.to(cast)
     index = activations.index(name)
     if _autograd.needs_grad(input, weight, bias):
         return _LinearAct.apply(input, weight, bias, index, dtype)
-    return _forward(input, weight, bias, index, dtype, keep=False)[0]
+    return forward(input, weight, bias, index, dtype, keep=False)[0]
 
 
 def reference(input, weight, bias, activation):
@@ -85,7 +85,7 @@ def _check(input, weight, bias):
     return cast
 
 
-def _rounds_input(input, cast):
+def rounds_input(input, cast):
     """Whether the kernel itself rounds ``input`` to ``cast``, and gives it a gradient that is not rounded."""
     return input.is_cpu and input.dtype == torch.float32 and cast == torch.bfloat16
 
@@ -134,7 +134,7 @@ def _rows(tensor, size):
     return tensor.reshape(_count_rows(tensor), size).contiguous()
 
 
-def _forward(input, weight, bias, activation, dtype, keep):
+def forward(input, weight, bias, activation, dtype, keep):
     """The output, and the pre-activation if the backward will need it."""
     N, K = weight.shape
     rows = _rows(input, K)
@@ -152,15 +152,24 @@ def _forward(input, weight, bias, activation, dtype, keep):
     return output, preact
 
 
-def _backward(activation, preact, wanted, grad_output, input, weight, bias):
-    """Gradients of input, weight and bias, None where not wanted."""
+def backward(activation, preact, wanted, grad_output, input, weight, bias, add=None, output=None):
+    """Gradients of input (plus ``add``), weight and bias, None where not wanted; ``output`` is written once more."""
     N, K = weight.shape
     rows = _rows(input, K)
     grad_input = torch.empty_like(rows) if wanted[0] else None
     grad_weight = weight.new_empty((N, K)) if wanted[1] else None
     grad_bias = bias.new_empty(N) if wanted[2] else None
     torch.ops.fastft.linear_act_backward(
-        grad_input, grad_weight, grad_bias, _rows(grad_output, N), preact, rows, weight.contiguous(), activation
+        grad_input,
+        grad_weight,
+        grad_bias,
+        _rows(grad_output, N),
+        preact,
+        rows,
+        weight.contiguous(),
+        activation,
+        add,
+        output,
     )
     return None if grad_input is None else grad_input.view(input.shape), grad_weight, grad_bias
 
@@ -168,7 +177,7 @@ def _backward(activation, preact, wanted, grad_output, input, weight, bias):
 class _LinearAct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, weight, bias, activation, dtype):
-        output, preact = _forward(input, weight, bias, activation, dtype, keep=True)
+        output, preact = forward(input, weight, bias, activation, dtype, keep=True)
         ctx.activation, ctx.dtype = activation, dtype
         ctx.save_for_backward(input, weight, bias, preact)
         return output
@@ -176,7 +185,7 @@ class _LinearAct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         *tensors, preact = ctx.saved_tensors
-        kernel = functools.partial(_backward, ctx.activation, preact, ctx.needs_input_grad[:3])
+        kernel = functools.partial(backward, ctx.activation, preact, ctx.needs_input_grad[:3])
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
 
             def composition(input, *parameters):

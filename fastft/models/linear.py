@@ -23,15 +23,20 @@ def fused(input, linear, activation):
 
 def why_not_fused(linear, activation):
     """A sentence if these two modules, as they are now, have to be called one after the other, else None."""
-    if type(linear) not in (Linear, torch.nn.Linear):
-        return f"its linear layer is {_path(linear)}, not torch.nn.Linear"
+    if why := why_not_linear(linear):
+        return f"its linear layer {why}"
     if activation_name(activation) is None:
         return f"its activation {activation} is none of fastft's"
-    if why := watched(linear):
-        return f"its linear layer {why}"
     if isinstance(activation, torch.nn.Module) and (why := watched(activation)):
         return f"its activation {why}"
     return None
+
+
+def why_not_linear(linear):
+    """The end of a sentence if this module has to be called, its work cannot be done elsewhere, else None."""
+    if type(linear) not in (Linear, torch.nn.Linear):
+        return f"is {_path(linear)}, not torch.nn.Linear"
+    return watched(linear)
 
 
 def activation_name(activation):

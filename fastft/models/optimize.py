@@ -2,13 +2,14 @@
 
 import torch
 
+from fastft.functional.encoder_layer import MEMORY
 from fastft.models.swap import Swapped, is_sharded, known_base, replaced, replacement
 from fastft.testing import tune
 
 DTYPES = ("auto", torch.bfloat16, torch.float32)
 
 
-def optimize(model, *, dtype="auto"):
+def optimize(model, *, dtype="auto", padding_free=True, cls_only="auto", activation_memory="fast"):
     """Lets every part of ``model`` that fastft knows run on fastft's kernels; in place.
 
     Only the classes of modules change, each to a subclass of the same name: parameters, ``state_dict``, saving and
@@ -23,11 +24,19 @@ def optimize(model, *, dtype="auto"):
         dtype: ``"auto"`` computes in the dtype of the parameters, or autocast's where the caller trains under it;
             ``torch.bfloat16`` in bfloat16 with float32 parameters and accumulation, outputs in float32;
             ``torch.float32`` in float32 even under autocast.
+        padding_free: False computes padding as stock does. Otherwise sequences run without theirs where each one's
+            first token is unmasked, and hidden states of padding, which an encoder by itself returns, are zeros.
+        cls_only: ``"auto"`` computes the last layer for first tokens only where the model has a head that reads nothing
+            else; False for all of them; True as "auto", and an error where there is no such head.
+        activation_memory: what an encoder layer keeps for the backward, in units of one hidden state: ``"fast"`` about
+            11; ``"low"`` 7, for one more product; ``"lowest"`` 1, for a second forward. Where
+            ``gradient_checkpointing_enable()`` was called, "lowest".
     Returns: ``model``.
     Raises:
         TypeError: ``optimize: model must be a torch.nn.Module, got str``
         ValueError: ``optimize: dtype is 'half', must be one of 'auto', torch.bfloat16, torch.float32``; or the
-            parameters have another dtype than float32 and the one asked for.
+            parameters have another dtype than float32 and the one asked for; or ``optimize: cls_only is True, but
+            BertModel has no head that reads first tokens only``.
     Example:
         >>> model = optimize(torch.nn.Linear(3, 2))
         >>> type(restore(model)) is torch.nn.Linear
@@ -36,6 +45,12 @@ def optimize(model, *, dtype="auto"):
     check_module("optimize", model)
     if not isinstance(dtype, str | torch.dtype) or dtype not in DTYPES:
         raise ValueError(f"optimize: dtype is {dtype!r}, must be one of {', '.join(map(repr, DTYPES))}")
+    if cls_only not in ("auto", True, False):
+        raise ValueError(f"optimize: cls_only is {cls_only!r}, must be one of 'auto', True, False")
+    if activation_memory not in MEMORY:
+        raise ValueError(
+            f"optimize: activation_memory is {activation_memory!r}, must be one of {', '.join(map(repr, MEMORY))}"
+        )
     why_not = obstacles(model)
     plan = {  # of modules that are ours already too: their dtype may be another one now
         name: (module, replacement(type(module)))
@@ -43,11 +58,22 @@ def optimize(model, *, dtype="auto"):
         if isinstance(module, Swapped) or (replacement(type(module)) and name not in why_not)
     }
     compute = _compute_dtype(plan, dtype)
+    heads = [ours or type(module) for module, ours in plan.values() if hasattr(ours or module, "_fastft_cls_only")]
+    if cls_only is True and not heads:
+        raise ValueError(
+            f"optimize: cls_only is True, but {type(model).__name__} has no head that reads first tokens only"
+        )
     for module, ours in plan.values():
         module.__class__ = ours or type(module)
-        vars(module).pop("_fastft_dtype", None)
+        _forget_options(module)
         if compute is not None:
             module._fastft_dtype = compute
+        if activation_memory != "fast" and hasattr(module, "_fastft_activation_memory"):
+            module._fastft_activation_memory = activation_memory
+        if not padding_free and hasattr(module, "_fastft_padding_free"):
+            module._fastft_padding_free = False
+        if not cls_only and hasattr(module, "_fastft_cls_only"):
+            module._fastft_cls_only = False
     tune.first_time(model)
     return model
 
@@ -74,7 +100,7 @@ def restore(model):
             made = type(module).__name__
             raise RuntimeError(f"restore: {_shown(name)} was made a {made} after optimize; undo that first")
     for module in swapped.values():
-        vars(module).pop("_fastft_dtype", None)
+        _forget_options(module)
         module.__class__ = replaced(type(module))
     return model
 
@@ -99,6 +125,11 @@ def sharded_modules(model):
         if is_sharded(module) or name.rpartition(".")[0] in names:
             names.add(name)
     return names
+
+
+def _forget_options(module):
+    for option in ("_fastft_dtype", "_fastft_padding_free", "_fastft_cls_only", "_fastft_activation_memory"):
+        vars(module).pop(option, None)
 
 
 def _compute_dtype(plan, dtype):

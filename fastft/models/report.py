@@ -38,7 +38,7 @@ def report(model):
             runs_something = reason is not None
         if runs_something:
             lines.append(Line(name, type(module).__name__, reason))
-    return Report(type(model).__name__, tuple(lines))
+    return Report(type(model).__name__, tuple(lines), tuple(_notes(model)))
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,12 @@ class Line:
 
 @dataclass(frozen=True)
 class Report:
-    """What :func:`report` found: ``model``, the name of its class, and ``lines``, one for each module that computes."""
+    """What :func:`report` found: ``model``, the name of its class, ``lines``, one for each module that computes, and
+    ``notes``, sentences on what is not computed."""
 
     model: str
     lines: tuple[Line, ...]
+    notes: tuple[str, ...] = ()
 
     def as_dict(self):
         """``{"modules": {name: {"runs": "fastft" or "torch", "reason": None or a sentence}}}``; "" is the model."""
@@ -80,9 +82,24 @@ class Report:
         for reason, found in rows.items():
             table += [f"torch ({reason})" if reason else "fastft"] if found else []
             table += [f"  {name.ljust(width)}  {kind}" for name, kind in found]
-        return "\n".join(table)
+        return "\n".join([*table, *self.notes])
 
     __repr__ = __str__
+
+
+def _notes(model):
+    """What is left out of the computation where a batch allows it."""
+    for name, module in model.named_modules():
+        if not isinstance(module, Swapped):
+            continue
+        if getattr(module, "_fastft_padding_free", False):
+            yield f"padding: {_shown(name)} leaves it out if no first token is masked; hidden states there are zeros"
+        if getattr(module, "_fastft_cls_only", False):
+            yield f"first tokens only: {_shown(name)} reads no others of the last layer, which computes no others"
+
+
+def _shown(name):
+    return name or "the model"
 
 
 def _split_number(name):

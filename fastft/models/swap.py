@@ -12,7 +12,7 @@ from transformers.utils import ModelOutput
 
 
 class Swapped:
-    """First base of every class that replaces another one; the second base is the class that it replaces.
+    """First base, or that one's base, of every class that replaces another one; the second base is what it replaces.
 
     Both have the same name, and ours can be imported from its module under it, so that pickle, deepcopy and
     DataParallel's replicas find it. ``optimize`` changes the ``__class__`` of existing instances.
@@ -84,7 +84,7 @@ def adapter(stock):
 def replacement(stock):
     """The class that replaces the class ``stock``, or None."""
     ours = getattr(adapter(stock), stock.__name__, None)
-    return ours if getattr(ours, "__bases__", None) == (Swapped, stock) else None
+    return ours if isinstance(ours, type) and replaced(ours) is stock else None
 
 
 def known_base(kind):
@@ -94,7 +94,8 @@ def known_base(kind):
 
 def replaced(ours):
     """The class that ``ours`` replaces; None if it was made from a replacing class (fully_shard does that)."""
-    return ours.__bases__[1] if ours.__bases__[0] is Swapped else None
+    ours, *stock = ours.__bases__
+    return stock[0] if stock and issubclass(ours, Swapped) else None
 
 
 def watched(module):
@@ -109,12 +110,25 @@ def watched(module):
     return None
 
 
+def collected(module):
+    """Whether transformers collects this module's outputs in the call that runs now."""
+    return any(_collects(hook) for hook in module._forward_hooks.values())
+
+
 def _counts(hook):
     """Whether a hook sees something: transformers' capturing hooks, which one call with output_attentions leaves behind
-    for good, do so only while a call collects outputs."""
-    if getattr(hook, "__name__", "") != "output_capturing_hook":
-        return True
-    return bool(hook.__globals__["_active_collector"].get())
+    for good, do so only while a call collects what they are for."""
+    return getattr(hook, "__name__", "") != _CAPTURING or _collects(hook)
+
+
+_CAPTURING = "output_capturing_hook"
+
+
+def _collects(hook):
+    if getattr(hook, "__name__", "") != _CAPTURING:
+        return False
+    kind = hook.__closure__[hook.__code__.co_freevars.index("key")].cell_contents
+    return kind in (hook.__globals__["_active_collector"].get() or ())
 
 
 def is_sharded(module):

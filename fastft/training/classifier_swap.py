@@ -6,5 +6,6 @@ from fastft.training import classifier
 
 
 class TextClassifier(Swapped, classifier.TextClassifier):
-    forward = head.with_cross_entropy(classifier.TextClassifier)
+    _fastft_cls_only = True
+    forward = head.with_cross_entropy(classifier.TextClassifier, "encoder")
     _fastft_why_not = head.why_not

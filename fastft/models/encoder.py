@@ -1,0 +1,259 @@
+"""Encoder layers: which halves of one can run as our kernels, and how its modules become their arguments.
+
+An architecture's file says where its modules are; nothing here knows their names.
+"""
+
+import contextlib
+import functools
+import operator
+from typing import NamedTuple
+
+import torch
+
+from fastft.functional import _autograd, _choice
+from fastft.functional import encoder_layer as node
+from fastft.models.linear import activation_name, why_not_fused, why_not_linear
+from fastft.models.norm import why_not_normalized
+from fastft.models.swap import Swapped, is_sharded, watched
+
+FEW_ROWS = 64  # below, packing a weight costs more than it saves: the modules inside decide one by one
+
+
+class Layer(Swapped):
+    """What the replacing classes of all architectures' layers have in common: how much they keep for the backward."""
+
+    _fastft_activation_memory = "fast"
+
+    @property
+    def gradient_checkpointing(self):
+        """False, so that nothing is checkpointed from outside; what was set is kept for restore, and for us."""
+        return False
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, value):
+        vars(self)["gradient_checkpointing"] = value
+
+    def _fastft_memory(self):
+        return "lowest" if vars(self).get("gradient_checkpointing") else self._fastft_activation_memory
+
+    def _fastft_by_modules(self, forward, *args, **kwargs):
+        """``forward``, in which the modules inside run one by one, checkpointed if that was asked for."""
+        forward = functools.partial(forward, **kwargs)
+        if vars(self).get("gradient_checkpointing") and self.training and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(forward, *args)
+        return forward(*args)
+
+
+class AttentionHalf(NamedTuple):
+    """Where the modules of a layer's attention half are, as attributes of the module that is it."""
+
+    query: str
+    key: str
+    value: str
+    weights_dropout: str
+    dense: str
+    dropout: str
+    norm: str
+    called: tuple[str, ...]  # modules whose forward calls the others
+
+    def why_not(self, module):
+        """A sentence if the half has to be done by its modules, one by one, else None."""
+        for name in (self.query, self.key, self.value, self.dense):
+            linear = _get(module, name)
+            if why := why_not_linear(linear):
+                return f"{name} {why}"
+            if linear.bias is None:
+                return f"{name} has no bias"
+        weights_dropout = _get(module, self.weights_dropout)
+        if type(weights_dropout) is not torch.nn.Dropout:
+            return f"{self.weights_dropout} is {type(weights_dropout).__qualname__}, not torch.nn.Dropout"
+        for name in (self.weights_dropout, *self.called):
+            if why := watched(_get(module, name)):
+                return f"{name} {why}"
+        return why_not_normalized(_get(module, self.dropout), _get(module, self.norm))
+
+    def arguments(self, module, heads, scale):
+        """What :func:`encoder_layer` takes."""
+        linears = [_get(module, name) for name in (self.query, self.key, self.value)]
+        dense, norm = _get(module, self.dense), _get(module, self.norm)
+        parameters = node.AttentionParameters(
+            *(linear.weight for linear in linears),
+            *(linear.bias for linear in linears),
+            *(dense.weight, dense.bias, norm.weight, norm.bias),
+        )
+        rates = [_rate(_get(module, name)) for name in (self.weights_dropout, self.dropout)]
+        return parameters, node.AttentionOptions(heads, scale, *rates, norm.eps)
+
+
+class FeedForwardHalf(NamedTuple):
+    """Where the modules of a layer's feed-forward half are, as attributes of the module that is it."""
+
+    inner: str
+    activation: str
+    dense: str
+    dropout: str
+    norm: str
+    called: tuple[str, ...]
+
+    def why_not(self, module):
+        """A sentence if the half has to be done by its modules, one by one, else None."""
+        inner, activation, dense = (_get(module, name) for name in (self.inner, self.activation, self.dense))
+        if why := why_not_fused(inner, activation):
+            return why
+        if activation_name(activation) == "identity":
+            return f"{self.activation} does nothing"
+        if why := why_not_linear(dense):
+            return f"{self.dense} {why}"
+        for name, linear in ((self.inner, inner), (self.dense, dense)):
+            if linear.bias is None:
+                return f"{name} has no bias"
+        for name in self.called:
+            if why := watched(_get(module, name)):
+                return f"{name} {why}"
+        return why_not_normalized(_get(module, self.dropout), _get(module, self.norm))
+
+    def arguments(self, module):
+        """What :func:`encoder_layer` takes."""
+        inner, dense, norm = (_get(module, name) for name in (self.inner, self.dense, self.norm))
+        parameters = node.FeedForwardParameters(
+            inner.weight, inner.bias, dense.weight, dense.bias, norm.weight, norm.bias
+        )
+        activation = activation_name(_get(module, self.activation))
+        return parameters, node.FeedForwardOptions(activation, _rate(_get(module, self.dropout)), norm.eps)
+
+
+def run(hidden_states, attention_mask, attention=None, feed_forward=None, memory="fast"):
+    """A layer or a half of it.
+
+    Args:
+        hidden_states: ``(B, S, H)``, or ``(M, H)`` with a :class:`Batch` in place of a mask.
+        attention_mask: a :class:`Batch`, or as transformers gives it to a layer: None, or broadcastable to
+            ``(B, N, S, S)``.
+        attention: what :meth:`AttentionHalf.arguments` gave, or None.
+        feed_forward: what :meth:`FeedForwardHalf.arguments` gave, or None.
+        memory: of ``node.MEMORY``.
+    Returns: the same shape; ``(B, H)`` where the batch wants first rows only.
+    """
+    if isinstance(attention_mask, node.Batch):
+        return node.encoder_layer(hidden_states, attention_mask, attention, feed_forward, memory)
+    B, S, H = hidden_states.shape
+    batch = padded(attention_mask, B, S, attention[1].heads, hidden_states.dtype) if attention else None
+    output = node.encoder_layer(hidden_states.reshape(B * S, H), batch, attention, feed_forward, memory)
+    return output.view(B, S, H)
+
+
+def padded(attention_mask, B, S, heads, dtype):
+    """The :class:`Batch` of padded sequences with transformers' mask."""
+    if attention_mask is None:
+        return node.Batch(B, S)
+    mask = attention_mask if attention_mask.dtype == torch.bool else attention_mask.to(dtype)
+    return node.Batch(B, S, mask.detach().expand(B, heads, S, S))
+
+
+def runs_here(hidden_states, attention_mask, parameters):
+    """Whether a layer, or a half of it, runs as one node on these arguments of a call; else its modules decide."""
+    if isinstance(attention_mask, node.Batch):  # plan has asked
+        return True
+    is_slower = hidden_states.is_cpu and hidden_states.shape[:-1].numel() < FEW_ROWS
+    if _choice.backend() == "torch" or (_choice.backend() == "auto" and is_slower):
+        return False
+    if hidden_states.dim() != 3 or any(p.dtype != hidden_states.dtype for p in parameters):
+        return False
+    if attention_mask is not None and (attention_mask.dim() != 4 or attention_mask.requires_grad):
+        return False
+    compute = _autograd.autocast_dtype(hidden_states) or hidden_states.dtype
+    return _choice.unsupported(hidden_states, hidden_states.new_empty(0, dtype=compute), *parameters) is None
+
+
+# ---- the whole encoder: without padding, and the last layer for first rows only
+
+
+class Plan(NamedTuple):
+    """How an encoder runs a batch: handed through it in place of the mask."""
+
+    batch: node.Batch
+    kept: torch.Tensor | None  # rows of all B * S that are computed; None: all
+    first_only: bool  # of the last layer
+
+
+def plan(layers, attention_mask, hidden_states, first_only, padding_free, heads, padded_mask):
+    """The :class:`Plan` of one call, or None where there is nothing to leave out.
+
+    Packing applies where each sequence's first token is there: who reads hidden states finds zeros at padding.
+
+    Args:
+        layers: the encoder's; all must run as one node.
+        attention_mask: the caller's, ``(B, S)`` where sequences can be packed.
+        hidden_states: ``(B, S, H)``, what the first layer gets.
+        first_only: whether only the first row of each sequence is read.
+        padding_free: whether sequences may be packed.
+        heads: of the attention.
+        padded_mask: makes the mask that layers get otherwise.
+    """
+    if torch.compiler.is_compiling() or not _all_whole(layers, hidden_states):
+        return None
+    B, S, _ = hidden_states.shape
+    batch, kept = None, None
+    # On a GPU the number of tokens would have to be waited for.
+    if padding_free and attention_mask is not None and attention_mask.dim() == 2 and hidden_states.is_cpu:
+        present = attention_mask != 0
+        if not present.all() and present[:, 0].all() and present.shape == (B, S):
+            lengths = present.sum(1)
+            cu_seqlens = torch.zeros(B + 1, dtype=torch.int32)
+            torch.cumsum(lengths, 0, out=cu_seqlens[1:])
+            batch = node.Batch(B, int(lengths.max()), None, cu_seqlens)
+            kept = present.flatten().nonzero()[:, 0]
+    if batch is None:
+        if not first_only:
+            return None
+        batch = padded(padded_mask(), B, S, heads, hidden_states.dtype)
+    return Plan(batch, kept, first_only)
+
+
+def _all_whole(layers, hidden_states):
+    """Whether every layer runs as one node, and nobody looks at what goes in and out of it."""
+    for layer in layers:
+        sharded = is_sharded(layer)
+        if not isinstance(layer, Swapped) or layer._fastft_why_not() or (not sharded and watched(layer)):
+            return False
+        # Parameters of a sharded layer are there only while it runs.
+        if not sharded and not runs_here(hidden_states, None, tuple(layer.parameters())):
+            return False
+    return len(layers) > 0
+
+
+def run_layers(layers, hidden_states, plan):
+    """The last hidden states ``(B, S, H)``, or ``(B, 1, H)`` where only first rows are read."""
+    B, S, H = hidden_states.shape
+    rows = hidden_states.reshape(B * S, H)
+    if plan.kept is not None:
+        rows = rows.index_select(0, plan.kept)
+    for layer in layers[:-1]:
+        rows = layer(rows, plan.batch)
+    rows = layers[-1](rows, plan.batch._replace(first_only=plan.first_only))
+    if plan.first_only:
+        return rows.view(B, 1, H)
+    if plan.kept is not None:
+        rows = rows.new_zeros(B * S, H).index_copy(0, plan.kept, rows)
+    return rows.view(B, S, H)
+
+
+@contextlib.contextmanager
+def reading_first(model):
+    """Within it, the caller reads nothing of the encoder's last hidden states but first rows."""
+    if not isinstance(model, Swapped) or torch.compiler.is_compiling():
+        yield
+        return
+    model._fastft_first_only = True
+    try:
+        yield
+    finally:
+        del model._fastft_first_only
+
+
+def _get(module, path):
+    return operator.attrgetter(path)(module)
+
+
+def _rate(dropout):
+    return dropout.p if dropout.training else 0.0
