@@ -155,6 +155,57 @@ struct LayerNormBackward {
   int64_t threshold, use;
 };
 
+// Scaled dot-product attention of N heads: o = dropout(softmax(scale q k^T + mask)) v for each sequence b < B and head.
+// Strides are in elements, the last dimension of q, k, v, o and their gradients is contiguous. Without cu_q the queries of
+// sequence b are the Sq rows from b q_batch on, with it rows cu_q[b] to cu_q[b + 1] of a packed (rows / N, N, D), at most
+// Sq; likewise keys and values with cu_k and Sk. W is the dtype of an additive mask.
+// Query i of a head is number (b N + head) Sq + i among all rows, packed head rows / N + cu_q[b] + i: in `stats`, and in
+// dropout's (rows, Sk) matrix. key_rows counts likewise the keys. stats (2, rows) holds each row's maximum and one over its sum of exp(x - maximum).
+template <class T, class W>
+struct AttentionForward {
+  T* o;                 // (B, N, Sq, D)
+  Statistic<T>* stats;  // (2, rows) or null
+  const T* q;           // (B, N, Sq, D)
+  const T* k;           // (B, N, Sk, D)
+  const T* v;           // (B, N, Sk, D)
+  const uint8_t* keep;  // (B, N, Sq, Sk) or null: 0 masks
+  const W* bias;        // (B, N, Sq, Sk) or null: is added
+  const int32_t* cu_q;  // (B + 1) or null
+  const int32_t* cu_k;  // (B + 1) or null
+  const int64_t* seed;  // (1) or null: no dropout
+  int64_t B, N, Sq, Sk, D, rows, key_rows;
+  int64_t o_batch, o_head, o_token, q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token;
+  int64_t mask_batch, mask_head, mask_query, mask_key;  // of keep or bias
+  double scale;
+  int causal;  // query i sees keys 0 to i
+  int64_t threshold, use;
+};
+
+template <class T, class W>
+struct AttentionBackward {
+  T* dq;                      // like q, or null
+  T* dk;                      // like k, or null
+  T* dv;                      // like v, or null
+  Statistic<T>* delta;        // (rows), CUDA's workspace: sums of p dp
+  const T* dy;                // like o
+  const Statistic<T>* stats;  // as the forward left them
+  const T* q;
+  const T* k;
+  const T* v;
+  const uint8_t* keep;
+  const W* bias;
+  const int32_t* cu_q;
+  const int32_t* cu_k;
+  const int64_t* seed;
+  int64_t B, N, Sq, Sk, D, rows, key_rows;
+  int64_t dq_batch, dq_head, dq_token, dk_batch, dk_head, dk_token, dv_batch, dv_head, dv_token;
+  int64_t dy_batch, dy_head, dy_token, q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token;
+  int64_t mask_batch, mask_head, mask_query, mask_key;
+  double scale;
+  int causal;
+  int64_t threshold, use;
+};
+
 // Name of the kernel, name of its arguments. Every line becomes, for each instruction set, an entry of the dispatch table of cpu/isa.cpp
 // (with the pairs of dtypes of FASTFT_CPU_DTYPES), and a function of fastft::cuda.
 #define FASTFT_KERNELS(X)                         \
@@ -163,7 +214,9 @@ struct LayerNormBackward {
   X(cross_entropy_forward, CrossEntropyForward)   \
   X(cross_entropy_backward, CrossEntropyBackward) \
   X(layer_norm_forward, LayerNormForward)         \
-  X(layer_norm_backward, LayerNormBackward)
+  X(layer_norm_backward, LayerNormBackward)       \
+  X(attention_forward, AttentionForward)          \
+  X(attention_backward, AttentionBackward)
 
 // Suffix, T, W.
 #define FASTFT_CPU_DTYPES(X) X(f32, float, float) X(bf16, bf16, bf16) X(bf16_f32, bf16, float) X(f64, double, double)

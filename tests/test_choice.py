@@ -284,7 +284,8 @@ def test_optimize_measures_nothing_where_facts_would_not_count(cache, monkeypatc
 
 def test_facts_differ_from_the_shipped_rule_only_for_a_reason(cache):
     """Whatever the times are: within 5 % of each other they leave the rule alone."""
-    small = [task for task in tune.tasks() if task.path == "forward" and task.sizes[0] <= 8][:6]
+    linear = [task for task in tune.tasks() if task.spec.name == "linear_act"]
+    small = [task for task in linear if task.path == "forward" and task.sizes[0] <= 8][:6]
     for task, found in zip(small, tune.measured(small), strict=True):
         assert found.sizes == task.sizes
         shipped = "fastft" if ours_runs(*task.sizes) else "torch"
@@ -302,7 +303,7 @@ def test_bench_tune_writes_what_the_choice_reads(cache, monkeypatch):
 
 
 def test_every_op_that_is_chosen_by_facts_is_measured():
-    assert {task.spec.name for task in tune.tasks()} == {"linear_act", "cross_entropy"}
+    assert {task.spec.name for task in tune.tasks()} == {"attention", "linear_act", "cross_entropy"}
 
 
 # ---- what is said of it

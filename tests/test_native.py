@@ -12,6 +12,7 @@ import torch
 
 import setup
 from fastft import activations
+from fastft.functional import _dropout
 from fastft.testing import error
 
 pytestmark = pytest.mark.skipif(setup.why_no_native() is not None, reason=str(setup.why_no_native()))
@@ -322,6 +323,88 @@ def test_the_first_target_out_of_range_is_reported(kernels):
     inputs["target"][20, 1], inputs["target"][30, 0] = 3, -1
     fields = None, None, None, np.array([-1]), inputs["x"], inputs["target"], None, None, 50, 3, 2, IGNORED, 0.0, MEAN
     assert call(kernels, "cross_entropy_forward_f32", unwritten(1, dtype=np.float32), *fields)[4] == 41
+
+
+# ---- attention: a mask of keys, dropout
+
+# (B, N, Sq, Sk, D): one element; primes; blocks of queries; blocks of keys; heads wider than a block; empty
+HEADS = [(1, 1, 1, 1, 1), (2, 3, 17, 13, 5), (1, 2, 131, 37, 33), (2, 1, 9, 300, 16), (1, 1, 5, 6, 200)]
+NO_HEADS = [(0, 2, 3, 4, 5), (1, 1, 0, 4, 5), (1, 1, 3, 0, 5)]
+SEED, THRESHOLD, USE = 1234567890123, 20000, 3
+
+
+def attention_inputs(sizes, dtypes, seed=0):
+    (B, N, Sq, Sk, D), (T, _), random = sizes, dtypes, np.random.default_rng(seed)
+    shapes = {"q": (B, N, Sq, D), "k": (B, N, Sk, D), "v": (B, N, Sk, D), "dy": (B, N, Sq, D)}
+    values = {name: stored(random.standard_normal(shape), T) for name, shape in shapes.items()}
+    keep = random.random((B, Sk)) < 0.8
+    keep[:, :1] = True
+    return {**values, "keep": keep.view(np.uint8)}
+
+
+def attention(kernels, suffix, q, k, v, dy, keep, causal=0, threshold=THRESHOLD):
+    T, (B, N, Sq, D), Sk = DTYPES[suffix][0], q.shape, k.shape[2]
+    rows, seed = B * N * Sq, np.array([SEED])
+    queries, keys = (N * Sq * D, Sq * D, D), (N * Sk * D, Sk * D, D)
+    sizes, options = (B, N, Sq, Sk, D, rows, B * N * Sk), (Sk, 0, 0, 1, D**-0.5, causal, threshold, USE)
+    stats = unwritten(2, rows, dtype=np.float64 if suffix == "f64" else np.float32)
+    inputs = q, k, v, keep, None, None, None, seed
+    strides = *queries, *queries, *keys, *keys
+    o = unwritten(B, N, Sq, D, dtype=T)
+    o, stats, *_ = call(kernels, f"attention_forward_{suffix}", o, stats, *inputs, *sizes, *strides, *options)
+    grads = (unwritten(*array.shape, dtype=T) for array in (q, k, v))
+    strides = *queries, *keys, *keys, *queries, *queries, *keys, *keys
+    fields = *grads, None, dy, stats, *inputs, *sizes, *strides, *options
+    dq, dk, dv, *_ = call(kernels, f"attention_backward_{suffix}", *fields)
+    return {"o": o, "dq": dq, "dk": dk, "dv": dv}
+
+
+def numpy_attention(suffix, q, k, v, dy, keep, dtype):
+    """In ``dtype``, rounded at the end, unless that is float64."""
+    T = dtype if dtype == np.float64 else DTYPES[suffix][0]
+    q, k, v, dy = (numbers(array, dtype) for array in (q, k, v, dy))
+    shape, scale = (*q.shape[:3], k.shape[2]), dtype(q.shape[3] ** -0.5)
+    f = _dropout.factors(torch.tensor([SEED]), USE, THRESHOLD, shape[0] * shape[1] * shape[2], shape[3])
+    f = f.view(shape).numpy().astype(dtype)
+    x = np.where(keep[:, None, None, :], q @ k.swapaxes(2, 3) * scale, dtype(-np.inf))
+    e = np.exp(x - x.max(3, keepdims=True, initial=-1e30))
+    p = e / e.sum(3, keepdims=True)
+    dp = dy @ v.swapaxes(2, 3) * f
+    ds = p * (dp - (p * dp).sum(3, keepdims=True))
+    dk, dv = scale * ds.swapaxes(2, 3) @ q, (p * f).swapaxes(2, 3) @ dy
+    results = {"o": (p * f) @ v, "dq": scale * ds @ k, "dk": dk, "dv": dv}
+    return {name: stored(array, T) for name, array in results.items()}
+
+
+@pytest.mark.parametrize("suffix", DTYPES)
+def test_attention_is_numpys_at_any_size(kernels, suffix):
+    budget = error.Budget(double=suffix == "f64")
+    for seed, sizes in enumerate(HEADS):
+        inputs = attention_inputs(sizes, DTYPES[suffix], seed)
+        ours = attention(kernels, suffix, **inputs)
+        theirs, truth = (numpy_attention(suffix, **inputs, dtype=t) for t in (np.float32, np.float64))
+        budget.add(tensors(ours), tensors(theirs), tensors(truth), case=str(sizes))
+    budget.check()
+
+
+@pytest.mark.parametrize("causal", [0, 1])
+@pytest.mark.parametrize("suffix", DTYPES)
+def test_attention_has_the_same_bits_on_any_number_of_threads(kernels, suffix, causal):
+    inputs = attention_inputs((3, 2, 30, 140, 20), DTYPES[suffix])
+    results = []
+    for threads in (1, 2, 5):
+        kernels.set_threads(threads)
+        results.append(attention(kernels, suffix, **inputs, causal=causal))
+    for other in results[1:]:
+        for name, array in results[0].items():
+            np.testing.assert_array_equal(array, other[name], name)
+
+
+@pytest.mark.parametrize("sizes", NO_HEADS)
+def test_attention_of_nothing_writes_zeros(kernels, sizes):
+    inputs = attention_inputs(sizes, DTYPES["f32"])
+    for threshold in (0, THRESHOLD):
+        assert not any(array.any() for array in attention(kernels, "f32", **inputs, threshold=threshold).values())
 
 
 # ---- under sanitizers

@@ -150,3 +150,28 @@ def test_nothing_is_found_in_a_right_kernel(order):
     for seed in range(3):
         order(seed)
         assert planted("none") == [63 - i for i in range(64)]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attention_drops_what_the_rule_says(dtype, packed, gpu):
+    op = sys.modules["fastft.functional.attention"]
+    starts, seed = torch.tensor([0, 5, 39], dtype=torch.int32) if packed else None, torch.tensor([3])
+    call = op.Call(scale=0.5, max_q=34, max_k=34, threshold=20000, use=7)
+
+    def kernel(query, key, value):
+        return op._Attention.apply(query, key, value, None, starts, seed, call)
+
+    def stock(query, key, value):
+        return op._composition(call, (None, starts, seed), query, key, value)
+
+    def evaluate(number):
+        shape = (39, 2, 20) if packed else (2, 2, 34, 20)
+        t, yardstick = TensorMaker(dtype, seed=number), torch.float32 if dtype == torch.float64 else dtype
+        single = {name: t(*shape) for name in ("query", "key", "value")}
+        found = error.run(kernel, single, single, TensorMaker(dtype, seed=-1))
+        theirs = error.run(stock, error.cast(single, yardstick), single, TensorMaker(dtype, seed=-1))
+        return found, theirs, error.run(stock, error.cast(single, torch.float64), single, TensorMaker(dtype, seed=-1))
+
+    error.check(evaluate, dtype == torch.float64)
+    assert {name[: name.rindex("_")] for name in gpu} == {"attention_forward", "attention_backward"}

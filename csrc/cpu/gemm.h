@@ -8,17 +8,9 @@
 // Depth is summed in blocks of kDepth, then block by block in order, whatever the partition: same bits for every number of threads, and an error
 // below a plain sequential sum's (3.5x PyTorch's over K = 3072).
 #pragma once
-#include "gemm_tiles.h"
+#include "gemm_pack.h"
 
 namespace FASTFT_NAMESPACE {
-
-// A matrix operand as it lies in memory. The rows of A and the columns of B are its "outer" dimension, K is its depth.
-template <class T>
-struct Operand {
-  const T* data;
-  int64_t stride;    // elements between neighbours in the dimension that is not contiguous
-  bool depth_major;  // false: depth is contiguous (x, and w in the forward); true: the outer dimension is
-};
 
 struct Target {  // a row-major matrix
   void* data;    // or null
@@ -33,22 +25,6 @@ struct Epilogue {
   const void* context;
   Target writes[2];  // fetched into L1 while the tile is computed: stores that miss cost 2 to 7 % otherwise
 };
-
-// The tile that multiplies activations of dtype T (with parameters of either dtype, which are converted when packed).
-template <class T>
-struct TileFor {
-  using type = TileF32;
-};
-template <>
-struct TileFor<double> {
-  using type = TileF64;
-};
-#if defined(FASTFT_ISA_AVX512_BF16)
-template <>
-struct TileFor<bf16> {
-  using type = TileBf16Dot;
-};
-#endif
 
 // T: the dtype of activations, which selects the tile; TA, TB: the operands' own.
 template <class T, class TA, class TB>

@@ -6,7 +6,7 @@
 // Accumulators start at zero and are added to C at the end, so that sums over a long depth are made of short ones (gemm.h's kDepth).
 //
 // B: panel [depth][kCols] units. A: unit (i, p) at a[i * kRowStride + p * kDepthStride], both compile-time constants, so that one pointer serves all rows.
-// C: [rows][kCols], dense.
+// C: [rows][kOutStride], dense unless given another stride.
 #pragma once
 #include "isa.h"
 
@@ -47,7 +47,7 @@ struct TileBf16Dot {
 template <class Tile>
 constexpr int kTileCols = kTileVecs * kLanes<typename Tile::Acc>;
 
-template <class Tile, int kRows, int kRowStride, int kDepthStride>
+template <class Tile, int kRows, int kRowStride, int kDepthStride, int kOutStride = kTileCols<Tile>>
 void tile(typename Tile::Acc* __restrict c, const typename Tile::Unit* __restrict a,
           const typename Tile::Unit* __restrict b, int64_t depth, bool add) {
   using Unit = typename Tile::Unit;
@@ -69,21 +69,21 @@ void tile(typename Tile::Acc* __restrict c, const typename Tile::Unit* __restric
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 2
     for (int v = 0; v < kTileVecs; ++v) {
-      Acc* out = c + i * N + v * L;
+      Acc* out = c + i * kOutStride + v * L;
       store(out, add ? load(out) + sum[i][v] : sum[i][v]);
     }
 }
 
 // The tile for 1 <= rows <= kTileRows: the smallest of a few sizes that holds them.
-template <class Tile, int kRowStride, int kDepthStride>
+template <class Tile, int kRowStride, int kDepthStride, int kOutStride = kTileCols<Tile>>
 void tile_of_rows(int rows, typename Tile::Acc* c, const typename Tile::Unit* a, const typename Tile::Unit* b,
                   int64_t depth, bool add) {
-  if (rows > kTileRows * 4 / 7) return tile<Tile, kTileRows, kRowStride, kDepthStride>(c, a, b, depth, add);
+  if (rows > kTileRows * 4 / 7) return tile<Tile, kTileRows, kRowStride, kDepthStride, kOutStride>(c, a, b, depth, add);
   if constexpr (kTileRows > 8)
-    if (rows > 4) return tile<Tile, 8, kRowStride, kDepthStride>(c, a, b, depth, add);
-  if (rows > 2) return tile<Tile, 4, kRowStride, kDepthStride>(c, a, b, depth, add);
-  if (rows > 1) return tile<Tile, 2, kRowStride, kDepthStride>(c, a, b, depth, add);
-  return tile<Tile, 1, kRowStride, kDepthStride>(c, a, b, depth, add);
+    if (rows > 4) return tile<Tile, 8, kRowStride, kDepthStride, kOutStride>(c, a, b, depth, add);
+  if (rows > 2) return tile<Tile, 4, kRowStride, kDepthStride, kOutStride>(c, a, b, depth, add);
+  if (rows > 1) return tile<Tile, 2, kRowStride, kDepthStride, kOutStride>(c, a, b, depth, add);
+  return tile<Tile, 1, kRowStride, kDepthStride, kOutStride>(c, a, b, depth, add);
 }
 
 }  // namespace FASTFT_NAMESPACE

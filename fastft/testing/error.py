@@ -294,10 +294,13 @@ def ulps(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def guard(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy with the same strides in an awkward place: one element off alignment, NaN (or the least integer) before,
-    between and behind its elements, so that whatever reads a neighbour shows."""
+    """A copy with the same strides in an awkward place: one element off alignment, NaN (or the least integer, or True)
+    before, between and behind its elements, so that whatever reads a neighbour shows."""
     span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else 0
-    poison = torch.nan if tensor.dtype.is_floating_point else torch.iinfo(tensor.dtype).min
+    if tensor.dtype.is_floating_point:
+        poison = torch.nan
+    else:
+        poison = True if tensor.dtype == torch.bool else torch.iinfo(tensor.dtype).min
     line, item = 64, tensor.element_size()
     buffer = torch.full((span + 3 * line,), poison, dtype=tensor.dtype, device=tensor.device)
     aligned = -buffer.data_ptr() % line // item

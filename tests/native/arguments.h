@@ -60,7 +60,7 @@ auto initialises(std::index_sequence<I...>) -> decltype(Args{(void(I), std::decl
 template <class Args>
 std::false_type initialises(...);
 
-template <class Args, size_t n = 40>
+template <class Args, size_t n = 64>
 constexpr size_t field_count() {
   if constexpr (n == 0 || decltype(initialises<Args>(std::make_index_sequence<n>()))::value)
     return n;

@@ -79,12 +79,60 @@ def layer_norm_backward(dx, dresidual, dw, db, partial, dy, h, mean, rstd, w, *d
     return (dy if dx is None else dx, dy), fields
 
 
+def attention_forward(o, stats, q, k, v, mask, cu_q, cu_k, max_q, max_k, scale, causal, seed, *dropout):
+    sizes, strides = attention_sizes(q, k, cu_q, cu_k, max_q, max_k), heads_strides(o, q, k, v)
+    tensors = flat(o), stats, flat(q), flat(k), flat(v), *masks(mask), cu_q, cu_k, seed
+    options = *strides, *mask_strides(mask), scale, causal, *dropout
+    return (q, q if mask is None or mask.dtype == torch.bool else mask), (*tensors, *sizes, *options)
+
+
+def attention_backward(
+    dq, dk, dv, _, dy, stats, q, k, v, mask, cu_q, cu_k, max_q, max_k, scale, causal, seed, *dropout
+):
+    sizes, strides = attention_sizes(q, k, cu_q, cu_k, max_q, max_k), heads_strides(dq, dk, dv, dy, q, k, v)
+    delta = torch.empty_like(stats[0])  # Python makes this workspace for CUDA tensors only
+    tensors = flat(dq), flat(dk), flat(dv), delta, flat(dy), stats, flat(q), flat(k), flat(v)
+    options = *masks(mask), cu_q, cu_k, seed, *sizes, *strides, *mask_strides(mask), scale, causal, *dropout
+    return (q, q if mask is None or mask.dtype == torch.bool else mask), (*tensors, *options)
+
+
+def attention_sizes(q, k, cu_q, cu_k, max_q, max_k):
+    B, N, D = q.shape[0] if cu_q is None else len(cu_q) - 1, q.shape[1], q.shape[-1]
+    Sq, Sk = q.shape[2] if cu_q is None else max_q, k.shape[2] if cu_k is None else max_k
+    return B, N, Sq, Sk, D, q.shape[:-1].numel(), k.shape[:-1].numel()
+
+
+def heads_strides(*tensors):
+    """Of sequences, heads and tokens."""
+    for t in tensors:
+        yield from (0, 0, 0) if t is None else t.stride()[:3] if t.dim() == 4 else (0, t.stride(1), t.stride(0))
+
+
+def masks(mask):
+    if mask is not None and mask.dtype == torch.bool:
+        return flat(mask).view(torch.uint8), None
+    return None, flat(mask)
+
+
+def mask_strides(mask):
+    return (0,) * 4 if mask is None else mask.stride()
+
+
+def flat(tensor):
+    """The memory from a tensor's first element to its last."""
+    if tensor is None:
+        return None
+    span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else 0
+    return tensor.detach().as_strided((span,), (1,))
+
+
 FIELDS = {
     op.__name__: op
     for op in (
         *(linear_act_forward, linear_act_backward),
         *(cross_entropy_forward, cross_entropy_backward),
         *(layer_norm_forward, layer_norm_backward),
+        *(attention_forward, attention_backward),
     )
 }
 

@@ -1,0 +1,514 @@
+// Scaled dot-product attention and its gradients, one (sequence, head) per task, longest first; never S x S in memory.
+//   x = scale q k^T + mask    p = softmax(x)    o = (f p) v    f: dropout's factors, drawn again in the backward
+//   dv = (f p)^T dy    dp = f (dy v^T)    ds = p (dp - sum over keys of p dp)    dq = scale ds k    dk = scale ds^T q
+// Floor per head: 4 Sq Sk D FLOPs forward, 10 backward, at the FMA peak (VDPBF16PS for bf16 where there is one), and per
+// score 0.7 cycles for exp (twice in a step), 0.75 for dropout (likewise); what is read and written is nothing beside that.
+//
+// Forward: kQueries rows of scores over all keys lie in L2 (64 x 512 fp32: 144 KB), so that softmax takes two passes over
+// them, maximum and exp, 16 rows' sums at a time. Division by the sum waits for the output, which has fewer elements.
+// Backward: likewise, with p from the two statistics of its row; dk and dv of a head stay in L2. The sum of p dp could be
+// had before, as that of dy o over a head, but not with the rounding of dp, which it cancels where few keys count.
+// Fully masked rows give zeros, as torch's math path does. bf16: products accumulate in fp32, p and ds are rounded to bf16
+// where VDPBF16PS multiplies them, else not at all.
+#include "dropout.h"
+#include "gemm_pack.h"
+
+namespace FASTFT_NAMESPACE {
+namespace {
+
+// All matrices in scratch memory are strips: kBlock columns wide, one strip below the other, with a stride that spreads
+// rows over the sets of L1. Left sides of products have units for elements.
+constexpr int kBlock = 128, kStride = kBlock + 16;
+constexpr int kQueries = 64;       // of a block of the forward
+constexpr int kGradQueries = 128;  // of the backward, where they are also the depth of two products
+constexpr int64_t kGradScores = 1 << 15, kLeastGradQueries = 2 * kTileRows;  // fewer, so that two strips stay in L2
+// The last tile of a block writes no row that is the next block's.
+constexpr int kLastRows = kBlock % kTileRows;
+static_assert(kLastRows == 0 || kLastRows == 1 || kLastRows == 2 || kLastRows == 4, "a tile of that many rows");
+
+constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t rows_of_strip(int64_t rows) { return rows + kTileRows; }  // tiles write whole
+inline int64_t strips(int64_t rows, int64_t cols) { return rows_of_strip(rows) * kStride * ceil_div(cols, kBlock); }
+
+// C (rows, cols) = A B, or += . A: a strip matrix, or, with kTransposed, (depth, rows) in one strip. B: packed panels.
+template <class Tile, bool kTransposed>
+void multiply(typename Tile::Acc* c, int64_t c_strip, const typename Tile::Unit* a, int64_t a_strip,
+              const typename Tile::Unit* b, int64_t panel, int64_t rows, int64_t cols, int64_t depth, bool add) {
+  constexpr int kCols = kTileCols<Tile>;
+  static_assert(kBlock % kCols == 0, "a panel lies in one strip");
+  // PyTorch multiplies one row by a sum in each lane, whose error a sum of more than a few products exceeds.
+  const int64_t most = rows > kTileRows ? kBlock : kBlock / 4;
+  for (int64_t col = 0; col < cols; col += kCols, b += panel) {
+    typename Tile::Acc* const c_col = c + col / kBlock * c_strip + col % kBlock;
+    int64_t from = 0;
+    do {
+      const int64_t units = least(depth - from, most);
+      const typename Tile::Unit* const a_col =
+          a + from / kBlock * a_strip + from % kBlock * (kTransposed ? kStride : 1);
+      for (int64_t row = 0; row < rows; row += kTileRows) {
+        const int live = int(least(rows - row, kTileRows));
+        if constexpr (kTransposed)
+          tile_of_rows<Tile, 1, kStride, kStride>(live, c_col + row * kStride, a_col + row, b + from * kCols, units,
+                                                  add || from > 0);
+        else
+          tile_of_rows<Tile, kStride, 1, kStride>(live, c_col + row * kStride, a_col + row * kStride, b + from * kCols,
+                                                  units, add || from > 0);
+      }
+      from += most;
+    } while (from < depth);
+  }
+}
+
+// Rows of D elements as strips of units.
+template <class Tile, class T>
+void copy_rows(typename Tile::Unit* out, int64_t strip, const T* in, int64_t stride, int64_t rows, int64_t D) {
+  constexpr int kElements = kBlock * Tile::kPair;
+  for (int64_t from = 0; from < D; from += kElements, out += strip)
+    for (int64_t i = 0; i < rows; ++i)
+      copy_units<Tile>(out + i * kStride, in + i * stride + from, least(D - from, kElements));
+}
+
+// Strips, times a factor for each row, rounded into rows of D elements.
+template <class T, class Acc, class Factor>
+void store_rows(T* out, int64_t stride, const Acc* in, int64_t strip, int64_t rows, int64_t D, const Factor& factor) {
+  for (int64_t from = 0; from < D; from += kBlock, in += strip)
+    for (int64_t i = 0; i < rows; ++i) {
+      const Vec<Acc> f = broadcast(factor(i));
+      for_lanes<Acc>(least(D - from, kBlock), [&](int64_t j, auto load_some, auto store_some) {
+        (void)load_some;
+        store_some(out + i * stride + from + j, load(in + i * kStride + j) * f);
+      });
+    }
+}
+
+// Whole panels of B (depth, cols), where depth or cols is contiguous in memory.
+template <class Tile, class T>
+void pack_depth_major(typename Tile::Unit* out, int64_t panel, const T* b, int64_t stride, int64_t depth,
+                      int64_t cols) {
+  pack_panels<Tile>(out, panel, Operand<T>{b, stride, true}, depth, 0, cols, 0, ceil_div(depth, Tile::kPair));
+}
+template <class Tile, class T>
+void pack_col_major(typename Tile::Unit* out, int64_t panel, const T* b, int64_t stride, int64_t depth, int64_t cols) {
+  for (int64_t col = 0; col < cols; col += kTileCols<Tile>, out += panel)
+    pack_transposed<Tile>(out, Operand<T>{b, stride, false}, depth, col, int(least(cols - col, kTileCols<Tile>)), 0,
+                          ceil_div(depth, Tile::kPair));
+}
+
+// Parts of one block of memory; without a block it only counts.
+struct Arena {
+  char* base;
+  int64_t bytes = 0;
+  template <class E>
+  E* take(int64_t n) {
+    E* const part = base ? reinterpret_cast<E*>(base + bytes) : nullptr;
+    bytes += round_up(n * int64_t(sizeof(E)), 64);
+    return part;
+  }
+};
+
+// One task: a head of a sequence.
+struct Head {
+  int64_t b, h, queries, keys;
+  int64_t q_row, k_row;  // the first, in a packed tensor
+  int64_t row;           // the number of the first query
+};
+
+// The tasks, sequences with many keys first, and masks and dropout of their rows.
+template <class Args>
+struct Heads {
+  const Args& p;
+  int64_t* order = nullptr;  // of the sequences
+
+  Heads(const Args& p, const Host& host) : p(p) {
+    if (!p.cu_k) return;
+    order = scratch<int64_t>(host, p.B + p.Sk + 2);
+    int64_t* const next = order + p.B;  // by length: where the next sequence goes
+    for (int64_t s = 0; s <= p.Sk + 1; ++s) next[s] = 0;
+    for (int64_t b = 0; b < p.B; ++b) ++next[p.cu_k[b + 1] - p.cu_k[b]];
+    for (int64_t s = p.Sk, longer = 0; s >= 0; --s) {
+      const int64_t of_length = next[s];
+      next[s] = longer;
+      longer += of_length;
+    }
+    for (int64_t b = 0; b < p.B; ++b) order[next[p.cu_k[b + 1] - p.cu_k[b]]++] = b;
+  }
+
+  int64_t count() const { return p.B * p.N; }
+
+  Head head(int64_t task) const {
+    const int64_t b = order ? order[task / p.N] : task / p.N, h = task % p.N;
+    Head head{b, h, p.Sq, p.Sk, 0, 0, (b * p.N + h) * p.Sq};
+    if (p.cu_q) {
+      head.q_row = p.cu_q[b], head.queries = p.cu_q[b + 1] - p.cu_q[b];
+      head.row = h * (p.rows / p.N) + p.cu_q[b];
+    }
+    if (p.cu_k) head.k_row = p.cu_k[b], head.keys = p.cu_k[b + 1] - p.cu_k[b];
+    return head;
+  }
+
+  template <class E>
+  E* rows_of(const Head& head, E* data, bool of_queries, int64_t batch, int64_t of_head, int64_t token) const {
+    const bool packed = of_queries ? p.cu_q : p.cu_k;
+    return data + (packed ? (of_queries ? head.q_row : head.k_row) * token : head.b * batch) + head.h * of_head;
+  }
+
+  // Whether rows differ in what is added to their scores.
+  bool by_row() const { return p.causal || ((p.keep || p.bias) && p.mask_query != 0); }
+
+  // What is added to the scores of a query and keys [from, to), as many as whole registers hold.
+  template <class F>
+  void fill_bias(F* out, const Head& head, int64_t query, int64_t from, int64_t to) const {
+    constexpr F kMasked = F(-__builtin_inf());
+    int64_t live = least(head.keys, to);
+    if (p.causal) live = least(live, query + 1);
+    const int64_t at = head.b * p.mask_batch + head.h * p.mask_head + query * p.mask_query, step = p.mask_key;
+    int64_t k = from;
+    if (p.keep && step == 1)
+      for (const uint8_t* const keep = p.keep + at; k < live; ++k) out[k - from] = keep[k] ? F(0) : kMasked;
+    else if (p.keep)
+      for (; k < live; ++k) out[k - from] = p.keep[at + k * step] ? F(0) : kMasked;
+    else if (p.bias)
+      for (; k < live; ++k) out[k - from] = F(to_float(p.bias[at + k * step]));
+    else
+      for (; k < live; ++k) out[k - from] = F(0);
+    for (to = round_up(to, kLanes<F>), k = k < from ? from : k; k < to; ++k) out[k - from] = kMasked;
+  }
+
+  // Dropout's factors of a row and keys [from, to), where from begins a group; whole groups.
+  template <class F>
+  void fill_factors(F* out, const Dropout& dropout, int64_t row, int64_t from, int64_t to) const {
+    const int64_t groups = dropout_groups(p.Sk);  // the same for all sequences, so that none shares its calls
+    for (int64_t group = from / kDropoutGroup; group * kDropoutGroup < to; ++group, out += kDropoutGroup)
+      dropout_factors(out, dropout, row * groups + group, kDropoutGroup);
+  }
+};
+static_assert(kBlock % kDropoutGroup == 0, "blocks of keys are made of dropout's groups");
+
+// exp(x) f, or 0 where that is next to nothing (x < low)
+template <bool kRough, class V>
+inline V exp_or_0(V x, V f, V low) {
+  const V y = exp_times<kRough>(x < low ? low : x, f);
+  return x < low ? V{} : y;
+}
+
+// ---- forward
+
+template <class T>
+struct ForwardMemory {
+  using Tile = typename TileFor<T>::type;
+  using Unit = typename Tile::Unit;
+  using Acc = typename Tile::Acc;
+  int64_t k_panel, v_panel;  // units of a panel
+  Unit *k, *v, *q, *p;       // panels of k^T and v; strips of q and p
+  Acc *s, *o, *bias, *factors;
+
+  ForwardMemory(Arena& arena, int64_t Sk, int64_t D) {
+    constexpr int kCols = kTileCols<Tile>;
+    k_panel = ceil_div(D, Tile::kPair) * kCols, v_panel = ceil_div(Sk, Tile::kPair) * kCols;
+    k = arena.take<Unit>(ceil_div(Sk, kCols) * k_panel);
+    v = arena.take<Unit>(ceil_div(D, kCols) * v_panel);
+    q = arena.take<Unit>(strips(kQueries, ceil_div(D, Tile::kPair)));
+    s = arena.take<Acc>(strips(kQueries, Sk));
+    // Scores become probabilities where they are, unless these are smaller.
+    p = Tile::kPair == 1 ? reinterpret_cast<Unit*>(s) : arena.take<Unit>(strips(kQueries, ceil_div(Sk, Tile::kPair)));
+    o = arena.take<Acc>(strips(kQueries, D));
+    bias = arena.take<Acc>(round_up(Sk, kBlock));
+    factors = arena.take<Acc>(round_up(Sk, kBlock));
+  }
+};
+
+// A row's numbers, a register at a time: body(key, scores).
+template <class Acc, class Body>
+inline __attribute__((always_inline)) void for_row(Acc* row, int64_t strip, int64_t keys, const Body& body) {
+  for (int64_t from = 0; from < keys; from += kBlock, row += strip) {
+    const int64_t to = least(keys - from, kBlock);
+    for (int64_t j = 0; j < to; j += kLanes<Acc>) body(from + j, row + j);
+  }
+}
+
+template <class T, class W>
+void softmax(const Heads<AttentionForward<T, W>>& heads, const Head& head, const ForwardMemory<T>& m, int64_t query,
+             int64_t rows, int64_t keys, const Dropout& dropout, Compute<T>* over_sum) {
+  using Tile = typename TileFor<T>::type;
+  using Acc = Compute<T>;
+  using V = Vec<Acc>;
+  constexpr int L = kLanes<Acc>;
+  constexpr int64_t kStrip = rows_of_strip(kQueries) * kStride;
+  constexpr bool kRough = sizeof(T) == 2;
+  const auto& p = heads.p;
+  const V scale = broadcast(Acc(p.scale)), low = lowest_exp(V{}), one = broadcast(Acc(1));
+  const bool by_row = heads.by_row();
+  for (int64_t first = 0; first < rows; first += L) {
+    const int live = int(least(rows - first, L));
+    V tops[L] = {}, sums[L] = {};
+    for (int r = 0; r < live; ++r) {
+      if (by_row) heads.fill_bias(m.bias, head, query + first + r, 0, keys);
+      V top = broadcast(Acc(-__builtin_inf()));
+      for_row(m.s + (first + r) * kStride, kStrip, keys, [&](int64_t key, Acc* s) {
+        const V x = load(s) * scale + load(m.bias + key);
+        store(s, x);
+        top = larger(x, top);
+      });
+      tops[r] = top;
+    }
+    V max = fold_rows<Acc>(tops, [](V a, V b) { return larger(a, b); });
+    max = max == broadcast(Acc(-__builtin_inf())) ? V{} : max;  // fully masked: each x - max is still -infinity
+    alignas(kVectorBytes) Acc max_of[L];
+    store(max_of, max);
+    for (int r = 0; r < live; ++r) {
+      if (dropout) heads.fill_factors(m.factors, dropout, head.row + query + first + r, 0, keys);
+      const V top = broadcast(max_of[r]);
+      V sum = {};
+      for_row(m.s + (first + r) * kStride, kStrip, keys, [&](int64_t key, Acc* s) {
+        V e = exp_or_0<kRough>(load(s) - top, one, low);
+        sum += e;
+        if (dropout) e *= load(m.factors + key);
+        if constexpr (Tile::kPair == 1) {
+          store(s, e);
+        } else {
+          const int64_t unit = key / 2;
+          store(reinterpret_cast<bf16*>(m.p + unit / kBlock * kStrip + (first + r) * kStride + unit % kBlock), e);
+        }
+      });
+      sums[r] = sum;
+    }
+    const V sum = fold_rows<Acc>(sums, [](V a, V b) { return a + b; });
+    store(over_sum + first, sum == 0 ? V{} : 1 / sum);
+    if (p.stats) {
+      Acc* const stats = p.stats + head.row + query + first;
+      store(stats, sum == sum ? max : sum, live);  // NaN where the backward is to give NaN
+      store(stats + p.rows, (sum > 0) & (sum == sum) ? 1 / sum : one, live);
+    }
+  }
+}
+
+template <class T, class W>
+void forward(const Heads<AttentionForward<T, W>>& heads, const Head& head, const ForwardMemory<T>& m) {
+  using Tile = typename TileFor<T>::type;
+  using Acc = Compute<T>;
+  constexpr int64_t kStrip = rows_of_strip(kQueries) * kStride;
+  const auto& p = heads.p;
+  const Dropout dropout(p.seed, p.threshold, p.use);
+  const T* const q = heads.rows_of(head, p.q, true, p.q_batch, p.q_head, p.q_token);
+  T* const o = heads.rows_of(head, p.o, true, p.o_batch, p.o_head, p.o_token);
+  pack_col_major<Tile>(m.k, m.k_panel, heads.rows_of(head, p.k, false, p.k_batch, p.k_head, p.k_token), p.k_token, p.D,
+                       head.keys);
+  pack_depth_major<Tile>(m.v, m.v_panel, heads.rows_of(head, p.v, false, p.v_batch, p.v_head, p.v_token), p.v_token,
+                         head.keys, p.D);
+  if (!heads.by_row()) heads.fill_bias(m.bias, head, 0, 0, head.keys);
+  Acc over_sum[round_up(kQueries, kLanes<Acc>)];
+  for (int64_t query = 0; query < head.queries; query += kQueries) {
+    const int64_t rows = least(head.queries - query, kQueries);
+    const int64_t keys = p.causal ? least(head.keys, query + rows) : head.keys;
+    copy_rows<Tile>(m.q, kStrip, q + query * p.q_token, p.q_token, rows, p.D);
+    multiply<Tile, false>(m.s, kStrip, m.q, kStrip, m.k, m.k_panel, rows, keys, ceil_div(p.D, Tile::kPair), false);
+    softmax(heads, head, m, query, rows, keys, dropout, over_sum);
+    multiply<Tile, false>(m.o, kStrip, m.p, kStrip, m.v, m.v_panel, rows, p.D, ceil_div(keys, Tile::kPair), false);
+    store_rows(o + query * p.o_token, p.o_token, m.o, kStrip, rows, p.D, [&](int64_t i) { return over_sum[i]; });
+  }
+}
+
+// ---- backward
+
+template <class T>
+struct BackwardMemory {
+  using Tile = typename TileFor<T>::type;
+  using Unit = typename Tile::Unit;
+  using Acc = typename Tile::Acc;
+  static constexpr int kPair = Tile::kPair;
+  static constexpr int64_t kStrip = rows_of_strip(kGradQueries) * kStride;  // of numbers whose rows are queries
+  static constexpr int64_t kPairStrip = rows_of_strip(kGradQueries / kPair) * kStride;  // or pairs of them
+  int64_t rows;                                                                         // queries of a block
+  int64_t d_panel, k_panel, q_panel;       // units of a panel whose depth is D, the keys, a block of queries
+  Unit *kt, *vt, *k, *q, *dy;              // panels of k^T, v^T, k, q, dy
+  Unit *q_rows, *dy_rows, *pt, *dst, *ds;  // strips of q, dy, (f p)^T, ds^T, ds
+  Acc *s, *dp, *dq, *dk, *dv, *bias, *factors;
+
+  BackwardMemory(Arena& arena, int64_t Sk, int64_t D) {
+    constexpr int kCols = kTileCols<Tile>;
+    const int64_t units = ceil_div(D, kPair), key_panels = ceil_div(Sk, kCols), d_panels = ceil_div(D, kCols);
+    const int64_t key_strips = ceil_div(Sk, kBlock);
+    d_panel = units * kCols, k_panel = ceil_div(Sk, kPair) * kCols, q_panel = kGradQueries / kPair * kCols;
+    kt = arena.take<Unit>(key_panels * d_panel);
+    vt = arena.take<Unit>(key_panels * d_panel);
+    k = arena.take<Unit>(d_panels * k_panel);
+    q = arena.take<Unit>(d_panels * q_panel);
+    dy = arena.take<Unit>(d_panels * q_panel);
+    q_rows = arena.take<Unit>(strips(kGradQueries, units));
+    dy_rows = arena.take<Unit>(strips(kGradQueries, units));
+    s = arena.take<Acc>(kStrip * key_strips);
+    dp = arena.take<Acc>(kStrip * key_strips);
+    // Of single units, a matrix and its transpose are one, read along its rows or its columns, and lie where scores were.
+    pt = kPair == 1 ? reinterpret_cast<Unit*>(s) : arena.take<Unit>(kPairStrip * key_strips);
+    dst = kPair == 1 ? reinterpret_cast<Unit*>(dp) : arena.take<Unit>(kPairStrip * key_strips);
+    ds = kPair == 1 ? dst : arena.take<Unit>(strips(kGradQueries, ceil_div(Sk, kPair)));
+    dq = arena.take<Acc>(strips(kGradQueries, D));
+    dk = arena.take<Acc>(strips(Sk, D));
+    dv = arena.take<Acc>(strips(Sk, D));
+    bias = arena.take<Acc>(round_up(Sk, kBlock));
+    factors = arena.take<Acc>(round_up(Sk, kBlock));
+  }
+};
+
+// Scores and dy v^T of a block become (f p)^T, ds^T and ds.
+template <class T, class W>
+void grad_scores(const Heads<AttentionBackward<T, W>>& heads, const Head& head, const BackwardMemory<T>& m,
+                 int64_t query, int64_t rows, int64_t keys, const Dropout& dropout) {
+  using Memory = BackwardMemory<T>;
+  using Acc = Compute<T>;
+  using V = Vec<Acc>;
+  constexpr int L = kLanes<Acc>, P = Memory::kPair;
+  constexpr bool kRough = sizeof(T) == 2;
+  const auto& p = heads.p;
+  const V scale = broadcast(Acc(p.scale)), kept_scale = broadcast(Acc(dropout_scale(dropout.threshold)));
+  const bool by_row = heads.by_row();
+  for (int64_t first = 0; first < rows; first += L) {
+    const int live = int(least(rows - first, L));
+    V sums[L] = {};
+    // p in place of the score, negative where it is dropped, and f dp in place of dp.
+    for (int r = 0; r < live; ++r) {
+      const int64_t row = head.row + query + first + r;
+      if (by_row) heads.fill_bias(m.bias, head, query + first + r, 0, keys);
+      if (dropout) heads.fill_factors(m.factors, dropout, row, 0, keys);
+      const V max = broadcast(p.stats[row]), over_sum = broadcast(p.stats[p.rows + row]);
+      const V low = lowest_exp(exponent_of(over_sum));
+      V sum = {};
+      const int64_t dp_at = m.dp - m.s;
+      for_row(m.s + (first + r) * kStride, Memory::kStrip, keys, [&](int64_t key, Acc* s) {
+        const V x = load(s) * scale + load(m.bias + key);  // as in the forward, where a mask may swallow the score
+        const V e = exp_or_0<kRough>(x - max, over_sum, low);
+        V dp = load(s + dp_at);
+        if (dropout) {
+          const V factor = load(m.factors + key);
+          dp *= factor;
+          store(s + dp_at, dp);
+          store(s, factor == 0 ? -e : e);
+        } else {
+          store(s, e);
+        }
+        sum += e * dp;
+      });
+      sums[r] = sum;
+    }
+    alignas(kVectorBytes) Acc delta_of[L];
+    store(delta_of, fold_rows<Acc>(sums, [](V a, V b) { return a + b; }));
+    for (int r = 0; r < live; r += P) {
+      for (int64_t from = 0; from < keys; from += kBlock) {
+        const int64_t at = from / kBlock * Memory::kStrip + (first + r) * kStride;
+        for (int64_t j = 0; j < least(keys - from, kBlock); j += L) {
+          V kept[P], ds[P];
+#pragma GCC unroll 2
+          for (int i = 0; i < P; ++i) {
+            const V signed_p = load(m.s + at + i * kStride + j);
+            kept[i] = dropout ? (signed_p < 0 ? V{} : signed_p * kept_scale) : signed_p;
+            ds[i] = abs(signed_p) * (load(m.dp + at + i * kStride + j) - broadcast(delta_of[r + i]));
+            if (P == 2 && r + i >= live) kept[i] = ds[i] = V{};  // the last row of an odd number
+          }
+          if constexpr (P == 1) {
+            if (dropout) store(m.s + at + j, kept[0]);
+            store(m.dp + at + j, ds[0]);
+          } else {
+            const int64_t pair = from / kBlock * Memory::kPairStrip + (first + r) / 2 * kStride + j;
+            store_words(reinterpret_cast<bf16*>(m.pt + pair), join<bf16>(kept));
+            store_words(reinterpret_cast<bf16*>(m.dst + pair), join<bf16>(ds));
+            const int64_t unit = (from + j) / 2;
+            auto* const to = m.ds + unit / kBlock * Memory::kStrip + (first + r) * kStride + unit % kBlock;
+            for (int i = 0; i < P; ++i) store(reinterpret_cast<bf16*>(to + i * kStride), ds[i]);
+          }
+        }
+      }
+    }
+  }
+}
+
+template <class T, class W>
+void backward(const Heads<AttentionBackward<T, W>>& heads, const Head& head, const BackwardMemory<T>& m) {
+  using Memory = BackwardMemory<T>;
+  using Tile = typename Memory::Tile;
+  using Acc = Compute<T>;
+  constexpr int P = Memory::kPair;
+  constexpr int64_t kStrip = Memory::kStrip;
+  const auto& p = heads.p;
+  const Dropout dropout(p.seed, p.threshold, p.use);
+  const T* const q = heads.rows_of(head, p.q, true, p.q_batch, p.q_head, p.q_token);
+  const T* const dy = heads.rows_of(head, p.dy, true, p.dy_batch, p.dy_head, p.dy_token);
+  const T* const k = heads.rows_of(head, p.k, false, p.k_batch, p.k_head, p.k_token);
+  const T* const v = heads.rows_of(head, p.v, false, p.v_batch, p.v_head, p.v_token);
+  const int64_t units = ceil_div(p.D, P), k_strip = rows_of_strip(head.keys) * kStride;
+  pack_col_major<Tile>(m.kt, m.d_panel, k, p.k_token, p.D, head.keys);
+  pack_col_major<Tile>(m.vt, m.d_panel, v, p.v_token, p.D, head.keys);
+  if (p.dq) pack_depth_major<Tile>(m.k, m.k_panel, k, p.k_token, head.keys, p.D);
+  if (!heads.by_row()) heads.fill_bias(m.bias, head, 0, 0, head.keys);
+  // Of blocks of keys that no query sees, or no query at all, sums are added to.
+  const bool zeros = p.causal || head.queries == 0;
+  if (zeros && p.dk) std::memset(m.dk, 0, size_t(k_strip * ceil_div(p.D, kBlock)) * sizeof(Acc));
+  if (zeros && p.dv) std::memset(m.dv, 0, size_t(k_strip * ceil_div(p.D, kBlock)) * sizeof(Acc));
+  const int64_t most = head.keys * kGradQueries > kGradScores ? kGradScores / head.keys / 2 * 2 : kGradQueries;
+  const int64_t block = most > kLeastGradQueries ? most : kLeastGradQueries;
+  for (int64_t query = 0; query < head.queries; query += block) {
+    const int64_t rows = least(head.queries - query, block);
+    // Whole blocks of keys: the last tile of fewer would write to rows of dk and dv that are not the end.
+    const int64_t keys = p.causal ? least(head.keys, round_up(query + rows, kBlock)) : head.keys;
+    const T *const q_block = q + query * p.q_token, *const dy_block = dy + query * p.dy_token;
+    copy_rows<Tile>(m.q_rows, kStrip, q_block, p.q_token, rows, p.D);
+    copy_rows<Tile>(m.dy_rows, kStrip, dy_block, p.dy_token, rows, p.D);
+    if (p.dk) pack_depth_major<Tile>(m.q, m.q_panel, q_block, p.q_token, rows, p.D);
+    if (p.dv) pack_depth_major<Tile>(m.dy, m.q_panel, dy_block, p.dy_token, rows, p.D);
+    multiply<Tile, false>(m.s, kStrip, m.q_rows, kStrip, m.kt, m.d_panel, rows, keys, units, false);
+    multiply<Tile, false>(m.dp, kStrip, m.dy_rows, kStrip, m.vt, m.d_panel, rows, keys, units, false);
+    grad_scores(heads, head, m, query, rows, keys, dropout);
+    for (int64_t key = 0; key < keys; key += kBlock) {
+      const int64_t of_block = least(keys - key, kBlock), at = key / kBlock * Memory::kPairStrip;
+      const bool add = zeros || query > 0;
+      if (p.dv)
+        multiply<Tile, true>(m.dv + key * kStride, k_strip, m.pt + at, 0, m.dy, m.q_panel, of_block, p.D,
+                             ceil_div(rows, P), add);
+      if (p.dk)
+        multiply<Tile, true>(m.dk + key * kStride, k_strip, m.dst + at, 0, m.q, m.q_panel, of_block, p.D,
+                             ceil_div(rows, P), add);
+    }
+    if (!p.dq) continue;
+    multiply<Tile, false>(m.dq, kStrip, m.ds, kStrip, m.k, m.k_panel, rows, p.D, ceil_div(keys, P), false);
+    store_rows(heads.rows_of(head, p.dq, true, p.dq_batch, p.dq_head, p.dq_token) + query * p.dq_token, p.dq_token,
+               m.dq, kStrip, rows, p.D, [&](int64_t) { return Acc(p.scale); });
+  }
+  if (p.dk)
+    store_rows(heads.rows_of(head, p.dk, false, p.dk_batch, p.dk_head, p.dk_token), p.dk_token, m.dk, k_strip,
+               head.keys, p.D, [&](int64_t) { return Acc(p.scale); });
+  if (p.dv)
+    store_rows(heads.rows_of(head, p.dv, false, p.dv_batch, p.dv_head, p.dv_token), p.dv_token, m.dv, k_strip,
+               head.keys, p.D, [](int64_t) { return Acc(1); });
+}
+
+// Each worker's memory, and body(head, memory) for each head.
+template <class Memory, class Args, class Body>
+void for_heads(const Args& p, const Host& host, const Body& body) {
+  const Heads<Args> heads(p, host);
+  Arena sizes{nullptr};
+  Memory(sizes, p.Sk, p.D);
+  char* const all = scratch<char>(host, sizes.bytes * host.threads);
+  parallel_for(host, heads.count(), [&](int64_t task, int worker) {
+    Arena arena{all + sizes.bytes * worker};
+    body(heads, heads.head(task), Memory(arena, p.Sk, p.D));
+  });
+}
+
+}  // namespace
+
+template <class T, class W>
+void attention_forward(const AttentionForward<T, W>& p, const Host& host) {
+  for_heads<ForwardMemory<T>>(p, host,
+                              [](const auto& heads, const Head& head, const auto& m) { forward(heads, head, m); });
+}
+
+template <class T, class W>
+void attention_backward(const AttentionBackward<T, W>& p, const Host& host) {
+  for_heads<BackwardMemory<T>>(p, host,
+                               [](const auto& heads, const Head& head, const auto& m) { backward(heads, head, m); });
+}
+
+FASTFT_INSTANTIATE(attention_forward, AttentionForward)
+FASTFT_INSTANTIATE(attention_backward, AttentionBackward)
+
+}  // namespace FASTFT_NAMESPACE

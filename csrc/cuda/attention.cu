@@ -1,0 +1,250 @@
+// Scaled dot-product attention and its gradients; formulas and what is summed where are in cpu/attention.cpp.
+// Plain CUDA cores, meant for what PyTorch's kernels cannot do: dropout that the CPU repeats, packed sequences with masks.
+// A warp per query (forward and dq) or per key (dk and dv), 32 keys or queries at a time: first a lane takes one of them
+// for the score, then D elements lie across the lanes, kWarp apart. Rows come from L1 and L2: 4 D / 32 loads a score.
+// The forward is an online softmax (Milakov and Gimelshein 2018, arXiv:1805.02867; Dao et al. 2022, arXiv:2205.14135).
+#include <cassert>
+
+#include "device.cuh"
+#include "philox.h"
+
+namespace fastft::cuda {
+namespace {
+
+constexpr int kWarps = 4;  // of a block
+constexpr int kLargestHead = 256, kPerLane = kLargestHead / kWarp;
+
+template <class F>
+constexpr F kInfinity = F(HUGE_VAL);
+
+// A row of queries or keys of one (sequence, head).
+struct Place {
+  int64_t b, h, i;            // i: among the sequence's rows of queries, or of keys
+  int64_t queries, keys;      // of the sequence
+  int64_t q_row, k_row, row;  // as in cpu/attention.cpp
+  int lane;
+  bool live;
+
+  template <class Args>
+  __device__ Place(const Args& p, int64_t most) : queries(p.Sq), keys(p.Sk), q_row(0), k_row(0) {
+    const int64_t warp = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp;
+    lane = threadIdx.x % kWarp;
+    b = warp / most / p.N, h = warp / most % p.N, i = warp % most;
+    live = b < p.B;
+    if (!live) return;
+    row = (b * p.N + h) * p.Sq;
+    if (p.cu_q) {
+      q_row = p.cu_q[b], queries = p.cu_q[b + 1] - q_row;
+      assert(q_row >= 0 && queries >= 0 && queries <= p.Sq && q_row + queries <= p.rows / p.N &&
+             "attention: cu_seqlens do not cut the tokens into sequences of at most max_seqlen");
+      row = h * (p.rows / p.N) + q_row;
+    }
+    if (p.cu_k) {
+      k_row = p.cu_k[b], keys = p.cu_k[b + 1] - k_row;
+      assert(k_row >= 0 && keys >= 0 && keys <= p.Sk && k_row + keys <= p.key_rows / p.N &&
+             "attention: cu_seqlens do not cut the tokens into sequences of at most max_seqlen");
+    }
+  }
+
+  template <class Args, class E>
+  __device__ E* query(const Args& p, E* data, int64_t batch, int64_t head, int64_t token, int64_t i) const {
+    return data + (p.cu_q ? 0 : b * batch) + h * head + (q_row + i) * token;
+  }
+  template <class Args, class E>
+  __device__ E* key(const Args& p, E* data, int64_t batch, int64_t head, int64_t token, int64_t j) const {
+    return data + (p.cu_k ? 0 : b * batch) + h * head + (k_row + j) * token;
+  }
+};
+
+// Four sums: their error is that of a quarter of the length.
+template <class F, class T>
+__device__ F dot(const T* a, const T* b, int64_t D) {
+  F sums[4] = {};
+  int64_t d = 0;
+  for (; d + 4 <= D; d += 4)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sums[i] += F(to_float(a[d + i])) * F(to_float(b[d + i]));
+  for (; d < D; ++d) sums[0] += F(to_float(a[d])) * F(to_float(b[d]));
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+// scale q k^T + mask, -infinity where masked
+template <class F, class Args, class T>
+__device__ F score(const Args& p, const Place& at, const T* q, const T* k, int64_t i, int64_t j) {
+  if (p.causal && j > i) return -kInfinity<F>;
+  const int64_t mask = at.b * p.mask_batch + at.h * p.mask_head + i * p.mask_query + j * p.mask_key;
+  if (p.keep && !p.keep[mask]) return -kInfinity<F>;
+  const F x = dot<F>(q, k, p.D) * F(p.scale);
+  return p.bias ? x + F(to_float(p.bias[mask])) : x;
+}
+
+template <class F, class Args>
+__device__ F factor(const Args& p, int64_t row, int64_t key) {
+  if (!p.seed) return F(1);
+  const int64_t call = (row * dropout_groups(p.Sk) + key / kDropoutGroup) * kDropoutLanes + key % kDropoutLanes;
+  const uint32_t number = DropoutCall(*p.seed, p.use, call).number(int(key % kDropoutGroup / kDropoutLanes));
+  return int64_t(number) >= p.threshold ? F(dropout_scale(p.threshold)) : F(0);
+}
+
+// sum[e] += over the lanes r < live: weight of r times row(r)[lane + e kWarp]
+template <class F, class Row>
+__device__ void add_rows(F (&sum)[kPerLane], F weight, int live, int lane, int64_t D, const Row& row) {
+  F part[kPerLane] = {};
+  for (int r = 0; r < live; ++r) {
+    const F w = __shfl_sync(kAllLanes, weight, r);
+    const auto* const of_r = row(r);
+#pragma unroll
+    for (int e = 0; e < kPerLane; ++e)
+      if (lane + e * kWarp < D) part[e] += w * F(to_float(of_r[lane + e * kWarp]));
+  }
+  for (int e = 0; e < kPerLane; ++e) sum[e] += part[e];
+}
+
+template <class F, class T>
+__device__ void store_row(T* out, const F (&sum)[kPerLane], F times, int lane, int64_t D) {
+#pragma unroll
+  for (int e = 0; e < kPerLane; ++e)
+    if (lane + e * kWarp < D) out[lane + e * kWarp] = from_float<T>(sum[e] * times);
+}
+
+template <class F>
+__device__ int at_most_a_warp(F n) {
+  return int(n < kWarp ? n : kWarp);
+}
+
+// ---- kernels
+
+template <class T, class W>
+__global__ void __launch_bounds__(kWarps* kWarp) forward_kernel(AttentionForward<T, W> p) {
+  using F = Compute<T>;
+  const Place at(p, p.Sq);
+  if (!at.live || at.i >= at.queries) return;  // a whole warp
+  const T* const q = at.query(p, p.q, p.q_batch, p.q_head, p.q_token, at.i);
+  const int64_t row = at.row + at.i, keys = p.causal && at.i + 1 < at.keys ? at.i + 1 : at.keys;
+  F max = -kInfinity<F>, sum = 0, o[kPerLane] = {};
+  for (int64_t first = 0; first < keys; first += kWarp) {
+    const int live = at_most_a_warp(keys - first);
+    const int64_t j = first + at.lane;
+    F x = -kInfinity<F>;
+    if (at.lane < live) x = score<F>(p, at, q, at.key(p, p.k, p.k_batch, p.k_head, p.k_token, j), at.i, j);
+    const F top = warp_reduce(Max()(max, x), Max());
+    if (top == -kInfinity<F>) continue;  // nothing but masked keys so far
+    const F shrink = exp(max - top), e = exp(x - top);
+    max = top;
+    sum = sum * shrink + warp_reduce(e, Sum());
+    for (int d = 0; d < kPerLane; ++d) o[d] *= shrink;
+    const F weight = at.lane < live ? e * factor<F>(p, row, j) : F(0);
+    add_rows(o, weight, live, at.lane, p.D,
+             [&](int r) { return at.key(p, p.v, p.v_batch, p.v_head, p.v_token, first + r); });
+  }
+  const bool nothing = max == -kInfinity<F>;
+  const F over_sum = nothing ? F(0) : 1 / sum;
+  store_row(at.query(p, p.o, p.o_batch, p.o_head, p.o_token, at.i), o, over_sum, at.lane, p.D);
+  if (!p.stats || at.lane != 0) return;
+  p.stats[row] = nothing ? F(0) : sum == sum ? max : sum;  // NaN where the backward is to give NaN
+  p.stats[p.rows + row] = nothing ? F(1) : over_sum;
+}
+
+// What a score and dy v^T become, of one query and key.
+template <class F>
+struct Weight {
+  F p, dp, factor;
+};
+template <class F, class Args>
+__device__ Weight<F> weight_of(const Args& p, const Place& at, int64_t i, int64_t j) {
+  const auto* const q = at.query(p, p.q, p.q_batch, p.q_head, p.q_token, i);
+  const auto* const dy = at.query(p, p.dy, p.dy_batch, p.dy_head, p.dy_token, i);
+  const auto* const k = at.key(p, p.k, p.k_batch, p.k_head, p.k_token, j);
+  const auto* const v = at.key(p, p.v, p.v_batch, p.v_head, p.v_token, j);
+  const int64_t row = at.row + i;
+  const F x = score<F>(p, at, q, k, i, j), f = factor<F>(p, row, j);
+  return {exp(x - p.stats[row]) * p.stats[p.rows + row], dot<F>(dy, v, p.D) * f, f};
+}
+
+template <class T, class W>
+__global__ void __launch_bounds__(kWarps* kWarp) grad_query_kernel(AttentionBackward<T, W> p) {
+  using F = Compute<T>;
+  const Place at(p, p.Sq);
+  if (!at.live || at.i >= at.queries) return;
+  const int64_t keys = p.causal && at.i + 1 < at.keys ? at.i + 1 : at.keys;
+  F delta = 0, dq[kPerLane] = {};
+  for (int64_t j = at.lane; j < keys; j += kWarp) {
+    const Weight<F> w = weight_of<F>(p, at, at.i, j);
+    delta += w.p * w.dp;
+  }
+  delta = warp_reduce(delta, Sum());
+  if (at.lane == 0) p.delta[at.row + at.i] = delta;
+  if (!p.dq) return;
+  for (int64_t first = 0; first < keys; first += kWarp) {
+    const int live = at_most_a_warp(keys - first);
+    F ds = 0;
+    if (at.lane < live) {
+      const Weight<F> w = weight_of<F>(p, at, at.i, first + at.lane);
+      ds = w.p * (w.dp - delta);
+    }
+    add_rows(dq, ds, live, at.lane, p.D,
+             [&](int r) { return at.key(p, p.k, p.k_batch, p.k_head, p.k_token, first + r); });
+  }
+  store_row(at.query(p, p.dq, p.dq_batch, p.dq_head, p.dq_token, at.i), dq, F(p.scale), at.lane, p.D);
+}
+
+template <class T, class W>
+__global__ void __launch_bounds__(kWarps* kWarp) grad_key_kernel(AttentionBackward<T, W> p) {
+  using F = Compute<T>;
+  const Place at(p, p.Sk);
+  if (!at.live || at.i >= at.keys) return;
+  F dk[kPerLane] = {}, dv[kPerLane] = {};
+  for (int64_t first = p.causal ? at.i / kWarp * kWarp : 0; first < at.queries; first += kWarp) {
+    const int live = at_most_a_warp(at.queries - first);
+    const int64_t i = first + at.lane;
+    F ds = 0, kept = 0;
+    if (at.lane < live) {
+      const Weight<F> w = weight_of<F>(p, at, i, at.i);
+      kept = w.p * w.factor;
+      if (p.dk) ds = w.p * (w.dp - p.delta[at.row + i]);
+    }
+    if (p.dk)
+      add_rows(dk, ds, live, at.lane, p.D,
+               [&](int r) { return at.query(p, p.q, p.q_batch, p.q_head, p.q_token, first + r); });
+    if (p.dv)
+      add_rows(dv, kept, live, at.lane, p.D,
+               [&](int r) { return at.query(p, p.dy, p.dy_batch, p.dy_head, p.dy_token, first + r); });
+  }
+  if (p.dk) store_row(at.key(p, p.dk, p.dk_batch, p.dk_head, p.dk_token, at.i), dk, F(p.scale), at.lane, p.D);
+  if (p.dv) store_row(at.key(p, p.dv, p.dv_batch, p.dv_head, p.dv_token, at.i), dv, F(1), at.lane, p.D);
+}
+
+template <class Args>
+dim3 warps_for(const Args& p, int64_t most) {
+  return grid_of(ceil_div(p.B * p.N * most, kWarps));
+}
+
+template <class Args>
+void check_head(const Args& p) {
+  if (p.D > kLargestHead) throw std::runtime_error("fastft: attention has kernels for heads of at most 256 elements");
+}
+
+}  // namespace
+
+// ---- launchers
+
+template <class T, class W>
+void attention_forward(const AttentionForward<T, W>& p, Stream stream) {
+  check_head(p);
+  launch(forward_kernel<T, W>, warps_for(p, p.Sq), kWarps * kWarp, 0, stream, p);
+}
+
+template <class T, class W>
+void attention_backward(const AttentionBackward<T, W>& p, Stream stream) {
+  check_head(p);
+  if (p.dq || p.dk) launch(grad_query_kernel<T, W>, warps_for(p, p.Sq), kWarps * kWarp, 0, stream, p);
+  if (p.dk || p.dv) launch(grad_key_kernel<T, W>, warps_for(p, p.Sk), kWarps * kWarp, 0, stream, p);
+}
+
+#define FASTFT_X(suffix, T, W)                                                  \
+  template void attention_forward<T, W>(const AttentionForward<T, W>&, Stream); \
+  template void attention_backward<T, W>(const AttentionBackward<T, W>&, Stream);
+FASTFT_CUDA_DTYPES(FASTFT_X)
+#undef FASTFT_X
+
+}  // namespace fastft::cuda
