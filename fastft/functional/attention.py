@@ -330,8 +330,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output):
-        query, key, value, stats, *others = ctx.saved_tensors
-        mask, starts, seed = others
+        query, key, value, stats, mask, starts, seed = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
 
         def kernel(grad_output, *tensors):
@@ -339,8 +338,8 @@ class _Attention(torch.autograd.Function):
             return tuple(backward(ctx.call, grads, grad_output, stats, *tensors, mask, starts, starts, seed))
 
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            composition = functools.partial(_composition, ctx.call, others)
-            grads = _autograd.Backward.apply(kernel, composition, grad_output, query, key, value)
+            same = functools.partial(composition, ctx.call, (mask, starts, starts, seed))
+            grads = _autograd.Backward.apply(kernel, same, grad_output, query, key, value)
         else:
             grads = kernel(grad_output, query, key, value)
         return *grads, None, None, None, None
@@ -349,20 +348,22 @@ class _Attention(torch.autograd.Function):
 # ---- in PyTorch's differentiable functions, dropping what the kernel dropped
 
 
-def _composition(call, others, query, key, value):
-    mask, starts, seed = others
-    cols = call.max_k if starts is not None else key.shape[-2]
+def composition(call, others, query, key, value):
+    """What :func:`forward` computes, in PyTorch's differentiable functions, dropping what it drops."""
+    mask, cu_q, cu_k, seed = others
+    cols = key.shape[-2] if cu_k is None else call.max_k
     rows = query.shape[:-1].numel()
     factors = None if seed is None else _dropout.factors(seed, call.use, call.threshold, rows, cols)
-    if starts is None:
+    if cu_q is None:
         factors = None if factors is None else factors.view(*query.shape[:-1], cols)
         return _compose(call, query, key, value, mask, factors)
     T, N, _ = query.shape
     factors = None if factors is None else factors.view(N, T, cols)
-    outputs = []
-    for start, end in itertools.pairwise(starts.tolist()):
-        q, k, v = (t[start:end].transpose(0, 1) for t in (query, key, value))
-        part = None if factors is None else factors[:, start:end, : end - start]
+    outputs, of_queries, of_keys = [], cu_q.tolist(), cu_k.tolist()
+    for b in range(len(of_queries) - 1):
+        queries, keys = slice(of_queries[b], of_queries[b + 1]), slice(of_keys[b], of_keys[b + 1])
+        q, k, v = (t[rows].transpose(0, 1) for t, rows in ((query, queries), (key, keys), (value, keys)))
+        part = None if factors is None else factors[:, queries, : keys.stop - keys.start]
         outputs.append(_compose(call, q, k, v, None, part).transpose(0, 1))
     return torch.cat(outputs) if outputs else query.sum() * value
 

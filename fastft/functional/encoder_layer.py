@@ -207,8 +207,8 @@ class _Run(NamedTuple):
         )
         grad_query, grad_joined = (None if part is None else torch.empty_like(part) for part in (query, joined))
         attention_backward(
-            *(self._call(), self._heads(grad_query, grad_joined), self._queries(grad_context), self._queries(context)),
-            *(stats, *self._heads(query, joined), *self._masks(mask, cu_seqlens)),
+            *(self._call(), self._heads(grad_query, grad_joined), self._queries(grad_context), stats),
+            *(*self._heads(query, joined), *self._masks(mask, cu_seqlens)),
             seed if self._call().threshold else None,
         )
         apart = 0 if query is None else 1  # the query has a product of its own
