@@ -249,7 +249,7 @@ struct Kernels {
   FASTFT_KERNELS(FASTFT_X)
 #undef FASTFT_X
   double (*peak_f32)(double seconds, const Host&);   // FLOP/s of the FMA units, all threads; cpu/peak.cpp
-  double (*peak_bf16)(double seconds, const Host&);  // FLOP/s of VDPBF16PS, 0 where the instruction set has none
+  double (*peak_bf16)(double seconds, const Host&);  // FLOP/s of VDPBF16PS, 0 where it is not used
   int64_t (*gemm_tasks)(const GemmQuery&, int phase, double* work, int64_t capacity);  // cpu/gemm.h
 };
 
@@ -257,6 +257,10 @@ const Kernels& kernels();        // of the instruction set in use
 const char* isa();               // its name: baseline, avx2, avx512 or avx512_bf16
 const char* isas();              // those that this CPU has and FASTFT_ISA allows, ascending, comma separated
 bool set_isa(const char* name);  // false: not one of isas()
+
+// How products of bf16 are made: "dot", by VDPBF16PS, or "widen", in fp32, as all instruction sets below avx512_bf16 do.
+const char* bf16_products();
+bool set_bf16_products(const char* how);  // false: neither of the two. Does nothing below avx512_bf16
 
 }  // namespace cpu
 

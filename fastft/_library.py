@@ -101,6 +101,27 @@ def use_isa(name):
         set_isa(before)
 
 
+def bf16():
+    """How the CPU's kernels multiply bfloat16: "dot", by VDPBF16PS, or "widen", in float32."""
+    return _ops().bf16()
+
+
+def set_bf16(how):
+    """Switches :func:`bf16` to "dot" or "widen", while no kernel runs; it stays "widen" below avx512_bf16."""
+    _ops().set_bf16(how)
+
+
+@contextlib.contextmanager
+def use_bf16(how):
+    """Within the block, :func:`set_bf16`."""
+    before = bf16()
+    set_bf16(how)
+    try:
+        yield
+    finally:
+        set_bf16(before)
+
+
 def has_cuda():
     """Whether the library holds CUDA kernels; whether there is a GPU is torch.cuda's to say."""
     return available() and _ops().has_cuda()

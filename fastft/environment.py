@@ -9,12 +9,15 @@ from pathlib import Path
 import fastft
 from fastft import _library
 
+PRODUCTS = {"dot": "by VDPBF16PS", "widen": "in float32"}  # of bfloat16
+
 
 def describe():
     """Facts about this machine and installation, ready for JSON.
 
     ``native`` and ``cuda`` are booleans, each with a sentence in ``…_why_not`` where it is False; ``isas_held`` are the
-    instruction sets in the library, ``isas`` those that can run here, ``isa`` the one in use.
+    instruction sets in the library, ``isas`` those that can run here, ``isa`` the one in use; ``bf16`` is how products
+    of bfloat16 are made, "dot" or "widen".
     """
     import torch
 
@@ -39,6 +42,7 @@ def describe():
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "backend": os.environ.get("FASTFT_BACKEND", "auto"),
         "choice": choice(),
+        "bf16": _library.bf16() if native else None,  # after choice(), which reads what was measured
         "compiler": build.get("compiler"),
         "nvcc": build.get("nvcc"),
         "oldest_gpu_driver": oldest_driver(build.get("nvcc")),

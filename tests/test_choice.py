@@ -14,6 +14,7 @@ from fastft.cli.main import app
 from fastft.functional import _choice, _tuning, linear_act
 from fastft.functional._tuning import Cell, Facts
 from fastft.testing import tune
+from fastft.testing.measure import measure
 from fastft.testing.spec import KernelCalls
 
 pytestmark = pytest.mark.skipif(not _library.available(), reason=f"no native library: {_library.why_not()}")
@@ -25,9 +26,13 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.delenv("FASTFT_TUNE")
     monkeypatch.setenv("FASTFT_CACHE", str(tmp_path / "cache"))
     _tuning.forget()
-    yield tmp_path / "cache"
+    with _library.use_bf16(_library.bf16()):
+        yield tmp_path / "cache"
     monkeypatch.undo()
     _tuning.forget()
+
+
+UNASKED = _library.bf16() if _library.available() else None  # how bfloat16 is multiplied without facts
 
 
 def cell(runs="torch", sizes=(64, 64, 64), path="forward", dtype="float32", op="linear_act"):
@@ -207,16 +212,18 @@ def test_in_a_group_of_processes_the_shipped_rule_chooses(cache):
 
 
 def test_a_checkpoint_carries_its_choices_to_another_machine(cache):
-    store(cell(), bf16="dot")
+    store(cell(), bf16="widen")
     carried = json.loads(json.dumps(_choice.facts()))
     _tuning.path().unlink()
     _tuning.forget()
     assert ours_runs()
     with _choice.use_facts(carried):
         assert not ours_runs() and _choice.facts() == carried
+        assert _library.bf16() == "widen"
         with _choice.use_facts({}):
             assert ours_runs() and _choice.facts() == {}
-        assert not ours_runs()
+            assert _library.bf16() == UNASKED
+        assert not ours_runs() and _library.bf16() == "widen"
     assert ours_runs()
 
 
@@ -242,6 +249,52 @@ def test_facts_make_torch_compile_compile_no_more_often(cache):
     for rows in (65, 257, 1025):
         compiled(torch.ones(rows, 64), torch.ones(64, 64))
     assert counter.frame_count == 1
+
+
+# ---- products of bfloat16
+
+
+def product(how):
+    with _library.use_bf16(how):
+        torch.manual_seed(0)
+        return linear_act(*(torch.randn(96, 768).bfloat16() for _ in range(2)))
+
+
+@pytest.mark.skipif(UNASKED == "widen", reason="this CPU has no VDPBF16PS, or FASTFT_ISA leaves it out")
+def test_widened_products_are_those_of_the_instruction_set_below():
+    widened = product("widen")
+    with _library.use_isa("avx512"):
+        assert torch.equal(product("dot"), widened)
+    assert _library.bf16() == "dot" and not torch.equal(product("dot"), widened)
+
+
+@pytest.mark.parametrize("how", _tuning.BF16)
+def test_a_stored_fact_says_how_bfloat16_is_multiplied(cache, how):
+    store(cell(), bf16=how)
+    assert not ours_runs()  # which reads the file
+    assert _library.bf16() == (how if UNASKED == "dot" else "widen")
+
+
+def test_a_way_to_multiply_that_there_is_not_is_an_error():
+    with pytest.raises(RuntimeError, match="not by 'often'"):
+        _library.set_bf16("often")
+
+
+@pytest.mark.skipif(UNASKED == "widen", reason="this CPU has no VDPBF16PS, or FASTFT_ISA leaves it out")
+@pytest.mark.parametrize("how", _tuning.BF16)
+def test_the_faster_way_is_in_force_while_cells_are_measured_and_written_down(cache, monkeypatch, how):
+    monkeypatch.setattr(tune, "_faster_products", lambda: how)
+    seen = []
+    monkeypatch.setattr(
+        tune, "measure", lambda *args, **options: seen.append(_library.bf16()) or measure(*args, **options)
+    )
+    fastft.optimize(torch.nn.Linear(32, 32))
+    assert set(seen) == {how} and len(seen) > 1
+    assert _choice.facts()["bf16"] == how == _library.bf16()
+
+
+def test_both_ways_are_timed(cache):
+    assert tune._faster_products() in _tuning.BF16
 
 
 # ---- measuring
@@ -319,6 +372,14 @@ def test_the_report_names_what_was_measured_to_be_slower(cache):
         assert fastft.report(model).as_dict()["modules"]["0"]["runs"] == "fastft"
 
 
+def test_the_report_says_how_bfloat16_is_multiplied(cache):
+    store(cell(), bf16="widen")
+    report = fastft.report(torch.nn.Linear(2, 2))
+    assert report.as_dict()["bf16"] == "widen" and str(report).endswith("bfloat16 on the CPU: products in float32")
+    with _choice.use_facts({}):
+        assert fastft.report(torch.nn.Linear(2, 2)).bf16 == UNASKED
+
+
 def test_env_says_what_chooses_and_where_it_is(cache):
     def shown():
         return CliRunner().invoke(app, ["env"], env={"COLUMNS": "300"}).output
@@ -326,3 +387,6 @@ def test_env_says_what_chooses_and_where_it_is(cache):
     assert "shipped rule: nothing was measured here yet" in shown() and str(_tuning.path()) in shown()
     store(cell())
     assert "facts measured here: 1" in shown()
+    assert "bfloat16 products  by VDPBF16PS" in shown() or UNASKED == "widen"
+    store(cell(), bf16="widen")
+    assert "bfloat16 products  in float32" in shown()

@@ -121,6 +121,11 @@ void set_isa(std::string name) {
   if (!cpu::set_isa(name.c_str()))
     throw std::runtime_error("fastft: instruction set '" + name + "' is not one of: " + cpu::isas());
 }
+std::string bf16_products() { return cpu::bf16_products(); }
+void set_bf16_products(std::string how) {
+  if (!cpu::set_bf16_products(how.c_str()))
+    throw std::runtime_error("fastft: products of bf16 are made by 'dot' or 'widen', not by '" + how + "'");
+}
 bool has_cuda() {
 #ifdef FASTFT_WITH_CUDA
   return true;
@@ -135,12 +140,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastft, m) {
   m.def("isa() -> str");
   m.def("isas() -> str");
   m.def("set_isa(str name) -> ()");
+  m.def("bf16() -> str");
+  m.def("set_bf16(str how) -> ()");
   m.def("has_cuda() -> bool");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastft, CompositeExplicitAutograd, m) {
   m.impl("isa", TORCH_BOX(&isa));
   m.impl("isas", TORCH_BOX(&isas));
   m.impl("set_isa", TORCH_BOX(&set_isa));
+  m.impl("bf16", TORCH_BOX(&bf16_products));
+  m.impl("set_bf16", TORCH_BOX(&set_bf16_products));
   m.impl("has_cuda", TORCH_BOX(&has_cuda));
 }
 

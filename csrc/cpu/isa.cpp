@@ -28,7 +28,8 @@ struct Set {
 
 struct Choice {
   Set sets[4];
-  const Set* used;  // switched by tests only, while no kernel runs
+  const Set* used;      // switched by tests only; neither is while a kernel runs
+  bool widens = false;  // bf16 is multiplied in fp32, though there is VDPBF16PS: by measurement, it may be slower
   char names[64];
 
   Choice()
@@ -69,7 +70,11 @@ Choice& choice() {
 
 }  // namespace
 
-const Kernels& kernels() { return *choice().used->kernels; }
+// Without that instruction, avx512_bf16 is avx512, whose tiles widen.
+const Kernels& kernels() {
+  const Choice& c = choice();
+  return *(c.widens && c.used == &c.sets[3] ? c.sets[2] : *c.used).kernels;
+}
 const char* isa() { return choice().used->name; }
 const char* isas() { return choice().names; }
 
@@ -80,6 +85,16 @@ bool set_isa(const char* name) {
       return true;
     }
   return false;
+}
+
+const char* bf16_products() { return &kernels() == choice().sets[3].kernels ? "dot" : "widen"; }
+
+bool set_bf16_products(const char* how) {
+  const bool widens = std::strcmp(how, "widen") == 0;
+  if (!widens && std::strcmp(how, "dot") != 0) return false;
+  Choice& c = choice();
+  if (c.used == &c.sets[3]) c.widens = widens;  // else there is no choice
+  return true;
 }
 
 }  // namespace fastft::cpu

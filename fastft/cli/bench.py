@@ -66,6 +66,7 @@ def _tune(device):
     if not _tuning.enabled():
         typer.echo("FASTFT_TUNE is 0: what is measured would not be used", err=True)
         return 1
+    tune.choose_bf16(device)
     cells = list(_progress(tune.measured(tasks, device), len(tasks), "finding out which kernels are faster here"))
     if not tune.write(cells, device):
         return 1

@@ -28,6 +28,8 @@ def env(as_json: bool = typer.Option(False, "--json", help="One JSON object inst
 
 def rows(facts):
     """The table's rows: what is known in one line each, what is missing with its reason."""
+    from fastft.environment import PRODUCTS
+
     yield "fastft", f"{facts['fastft']}, backend {facts['backend']}"
     yield "Python", facts["python"]
     for name in ("torch", "transformers", "accelerate", "numpy"):
@@ -37,6 +39,7 @@ def rows(facts):
     if facts["native"]:
         yield "native kernels", f"loaded, built by {facts['compiler']}"
         yield "instruction set", facts["isa"]
+        yield "bfloat16 products", PRODUCTS[facts["bf16"]]
         yield "can run", ", ".join(facts["isas"])
         yield "holds", ", ".join(facts["isas_held"])
         yield "kernels chosen by", facts["choice"]

@@ -114,13 +114,13 @@ def use_facts(stored):
         given = _tuning.Facts.parse(stored)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"use_facts: these are no facts of fastft's: {type(error).__name__}: {error}") from error
+    facts_in_force()  # first, as reading them may switch the products of bf16
     before, _used = _used, given
-    _tuning.apply_bf16(given.bf16)
-    try:
-        yield
-    finally:
-        _used = before
-        _tuning.apply_bf16(facts_in_force().bf16)
+    with _library.use_bf16(given.bf16 or _tuning.BF16[0]) if _library.available() else contextlib.nullcontext():
+        try:
+            yield
+        finally:
+            _used = before
 
 
 # ---- what our kernels can take

@@ -157,7 +157,7 @@ def load(device, threads):
         _warn(f"{path()} is damaged ({type(error).__name__}: {error})")
         return NOTHING
     if device == "cpu" and facts.bf16 and not in_group():
-        apply_bf16(facts.bf16)
+        _library.set_bf16(facts.bf16)
     return facts
 
 
@@ -202,12 +202,6 @@ def store(facts, device, threads):
         return False
     forget()
     return True
-
-
-def apply_bf16(how):
-    """Tells the CPU's kernels how to multiply bfloat16: one of BF16, or None for what they do unasked."""
-    if hasattr(torch.ops.fastft, "set_bf16"):
-        torch.ops.fastft.set_bf16(how or "auto")
 
 
 def in_group():

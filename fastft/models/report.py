@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from fastft import _library
+from fastft.environment import PRODUCTS
 from fastft.functional import _choice
 from fastft.functional.linear_act import shipped_rule as linear_act_rule
 from fastft.models.optimize import check_module, obstacles, sharded_modules
@@ -38,7 +40,9 @@ def report(model):
             runs_something = reason is not None
         if runs_something:
             lines.append(Line(name, type(module).__name__, reason))
-    return Report(type(model).__name__, tuple(lines), tuple(_notes(model)))
+    _choice.facts_in_force()  # which say how bfloat16 is multiplied
+    bf16 = _library.bf16() if _library.available() else None
+    return Report(type(model).__name__, tuple(lines), tuple(_notes(model)), bf16)
 
 
 @dataclass(frozen=True)
@@ -57,15 +61,24 @@ class Line:
 @dataclass(frozen=True)
 class Report:
     """What :func:`report` found: ``model``, the name of its class, ``lines``, one for each module that computes, and
-    ``notes``, sentences on what is not computed."""
+    ``notes``, sentences on what is not computed.
+
+    ``bf16``: how our kernels on the CPU multiply bfloat16, "dot" (VDPBF16PS) or "widen" (in float32); None: there are
+    none.
+    """
 
     model: str
     lines: tuple[Line, ...]
     notes: tuple[str, ...] = ()
+    bf16: str | None = None
 
     def as_dict(self):
-        """``{"modules": {name: {"runs": "fastft" or "torch", "reason": None or a sentence}}}``; "" is the model."""
-        return {"modules": {line.name: {"runs": line.runs, "reason": line.reason} for line in self.lines}}
+        """``{"modules": {name: {"runs": "fastft" or "torch", "reason": None or a sentence}}, "bf16": …}``.
+
+        The name "" is the model's own.
+        """
+        modules = {line.name: {"runs": line.runs, "reason": line.reason} for line in self.lines}
+        return {"modules": modules, "bf16": self.bf16}
 
     def __str__(self):
         ours = sum(line.runs == "fastft" for line in self.lines)
@@ -82,7 +95,8 @@ class Report:
         for reason, found in rows.items():
             table += [f"torch ({reason})" if reason else "fastft"] if found else []
             table += [f"  {name.ljust(width)}  {kind}" for name, kind in found]
-        return "\n".join([*table, *self.notes])
+        products = [f"bfloat16 on the CPU: products {PRODUCTS[self.bf16]}"] if self.bf16 else []
+        return "\n".join([*table, *self.notes, *products])
 
     __repr__ = __str__
 

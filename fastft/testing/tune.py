@@ -17,6 +17,7 @@ from fastft.functional import _choice, _tuning
 from fastft.testing.measure import measure
 from fastft.testing.spec import KernelCalls, OpSpec, all_specs
 from fastft.testing.specs import linear_act
+from fastft.testing.timing import compare
 
 ROWS = (2, 8, 32, 128, 512, 2048)  # the middles of the facts' ranges of rows; the last one stands for more, too
 DTYPES = (torch.float32, torch.bfloat16)
@@ -50,8 +51,9 @@ def measured(tasks: Iterable[Task], device: str = "cpu") -> Iterator[_tuning.Cel
 
 
 def write(cells: Iterable[_tuning.Cell], device: str = "cpu") -> bool:
-    """Puts the cells, and how to multiply bfloat16, into the user's file; False, with a warning, if that is refused."""
-    facts = _tuning.Facts(tuple(cells), _bf16() if device == "cpu" else None)
+    """Puts the cells, and how bfloat16 is multiplied, into the user's file; False, with a warning, if it refuses."""
+    how = _library.bf16() if device == "cpu" and _library.isa() == "avx512_bf16" else None
+    facts = _tuning.Facts(tuple(cells), how)
     return _tuning.store(facts, device, torch.get_num_threads())
 
 
@@ -72,6 +74,7 @@ def first_time(model: torch.nn.Module) -> None:
         file=sys.stderr,
     )
     cells, end = [], time.perf_counter() + FIRST_S
+    choose_bf16()
     for cell in measured(_tasks(spec, dtypes)):
         cells.append(cell)
         if time.perf_counter() > end:
@@ -142,8 +145,21 @@ def _shipped(task: Task, device: str) -> str:
     return "fastft" if kernels.calls else "torch"
 
 
-def _bf16() -> str | None:
-    """The faster way to multiply bfloat16: VDPBF16PS ("dot") or widened to float32; None without that instruction."""
-    peaks = (torch.ops.fastft.peak_bf16, torch.ops.fastft.peak_f32)
-    dot, fma = (max(peak(0.05) for _ in range(3)) for peak in peaks)
-    return None if not dot else "dot" if dot > fma else "widen"
+def choose_bf16(device: str = "cpu") -> None:
+    """Has the CPU's kernels multiply bfloat16 in the faster way from now on; before cells are measured."""
+    if device == "cpu" and _library.isa() == "avx512_bf16":
+        _library.set_bf16(_faster_products())
+
+
+def _faster_products() -> str:
+    """How a layer of usual size is multiplied faster: by VDPBF16PS ("dot"), or widened to float32."""
+    input, weight = (torch.ones(size, 768, dtype=torch.bfloat16) for size in (512, 768))
+    output = torch.empty_like(input)
+
+    def run(how: str) -> None:
+        _library.set_bf16(how)
+        torch.ops.fastft.linear_act_forward(output, None, input, weight, None, 0)
+
+    with _library.use_bf16(_library.bf16()):
+        times = compare({how: functools.partial(run, how) for how in _tuning.BF16}, rounds=ROUNDS)
+    return min(_tuning.BF16, key=lambda how: times[how].median)
