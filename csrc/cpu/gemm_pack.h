@@ -45,6 +45,21 @@ inline void copy_units(typename Tile::Unit* out, const T* in, int64_t elements) 
   }
 }
 
+// A register of them.
+template <class Tile, class T>
+inline Vec<typename Tile::Unit> load_units(const T* in) {
+  if constexpr (Tile::kPair == 1) {
+    return load(in);
+  } else {
+    Vec<typename Tile::Unit> units;
+    if constexpr (sizeof(T) == 2)
+      std::memcpy(&units, in, sizeof units);
+    else
+      copy_units<Tile>(reinterpret_cast<typename Tile::Unit*>(&units), in, 2 * kLanes<typename Tile::Unit>);
+    return units;
+  }
+}
+
 // One unit of depth for `outer` neighbours, from depth-major data: row p, or rows 2p and 2p + 1 interleaved. kWhole: `outer` is a whole number of
 // registers; otherwise the last register is padded with zeros, and stored whole.
 template <class Tile, bool kWhole, class T>
@@ -115,14 +130,14 @@ struct Interleave<16, V> {
   }
 };
 
-template <class Tile>
-inline void transpose_square(typename Tile::Unit* out, int64_t out_stride, const typename Tile::Unit* in,
-                             int64_t in_stride) {
+// out[p * kTileCols + j] = rows(j)[p] of L x L units.
+template <class Tile, class Rows>
+inline void transpose_square(typename Tile::Unit* out, const Rows& rows) {
   using Unit = typename Tile::Unit;
   constexpr int L = kLanes<Unit>;
   Vec<Unit> row[L], next[L];
 #pragma GCC unroll 16
-  for (int i = 0; i < L; ++i) std::memcpy(&row[i], in + i * in_stride, sizeof row[i]);
+  for (int i = 0; i < L; ++i) row[i] = rows(i);
 #pragma GCC unroll 4
   for (int round = 1; round < L; round *= 2) {
 #pragma GCC unroll 8
@@ -134,7 +149,7 @@ inline void transpose_square(typename Tile::Unit* out, int64_t out_stride, const
     for (int i = 0; i < L; ++i) row[i] = next[i];
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < L; ++i) std::memcpy(out + i * out_stride, &row[i], sizeof row[i]);
+  for (int i = 0; i < L; ++i) std::memcpy(out + i * kTileCols<Tile>, &row[i], sizeof row[i]);
 }
 
 // Depth is contiguous: transposed, L columns by L units of depth at a time, through registers.
@@ -143,21 +158,28 @@ void pack_transposed(typename Tile::Unit* out, Operand<T> b, int64_t K, int64_t 
                      int64_t to) {
   using Unit = typename Tile::Unit;
   constexpr int N = kTileCols<Tile>, P = Tile::kPair, L = kLanes<Unit>;
-  Unit square[L * L];
   for (int j0 = 0; j0 < N; j0 += L) {
     const int live = cols - j0 < 0 ? 0 : cols - j0 < L ? cols - j0 : L;
+    const T* const in = b.data + (col + j0) * b.stride;
     for (int64_t p = from; p < to; p += L) {
       const int64_t units = to - p < L ? to - p : L;
       const int64_t left = K - p * P, elements = left < units * P ? left : units * P;
-      if (live < L || elements < L * P) std::memset(square, 0, sizeof square);
-      for (int j = 0; j < live; ++j)
-        copy_units<Tile>(square + j * L, b.data + (col + j0 + j) * b.stride + p * P, elements);
-      if (units == L) {
-        transpose_square<Tile>(out + p * N + j0, N, square, L);
-      } else {
-        for (int64_t q = 0; q < units; ++q)
-          for (int j = 0; j < L; ++j) out[(p + q) * N + j0 + j] = square[j * L + q];
+      Unit* const o = out + p * N + j0;
+      if (live == L && elements == L * P) {
+        transpose_square<Tile>(o, [&](int j) { return load_units<Tile>(in + j * b.stride + p * P); });
+        continue;
       }
+      Unit square[L * L] = {};
+      for (int j = 0; j < live; ++j) copy_units<Tile>(square + j * L, in + j * b.stride + p * P, elements);
+      if (units == L)
+        transpose_square<Tile>(o, [&](int j) {
+          Vec<Unit> row;
+          std::memcpy(&row, square + j * L, sizeof row);
+          return row;
+        });
+      else
+        for (int64_t q = 0; q < units; ++q)
+          for (int j = 0; j < L; ++j) o[q * N + j] = square[j * L + q];
     }
   }
 }

@@ -133,8 +133,19 @@ _DTYPES = {
 }
 
 
-def unsupported(*tensors):
-    """A sentence if no kernel of ours can take these tensors (None among them is skipped), else None."""
+def plain(tensors):
+    """Whether :func:`unsupported` has nothing to say of any of them, which lie on the CPU: a few of its checks that leave
+    out what is rare, for calls that take less time than all of them would."""
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN or not tensor.is_cpu or tensor.layout is not torch.strided:
+            return False
+        if tensor.dtype not in _DTYPES["cpu"]:
+            return False
+    return True
+
+
+def unavailable():
+    """A sentence if no kernel of ours can run now, whatever the tensors are, else None."""
     if (why_not := _library.why_not()) is not None:
         return why_not
     if not torch.compiler.is_compiling():
@@ -142,6 +153,13 @@ def unsupported(*tensors):
             return "torch.func transforms are PyTorch's"
         if torch.autograd.forward_ad._current_level >= 0:
             return "forward-mode differentiation is PyTorch's"
+    return None
+
+
+def unsupported(*tensors):
+    """A sentence if no kernel of ours can take these tensors (None among them is skipped), else None."""
+    if (why_not := unavailable()) is not None:
+        return why_not
     for tensor in tensors:
         if tensor is None:
             continue

@@ -33,9 +33,12 @@ def linear_act(input, weight, bias=None, activation="gelu"):
     sizes = _plain_sizes(input, weight, bias) if _choice.backend() == "auto" else None
     if sizes and _slower(input, weight, bias, *sizes):
         return reference(input, weight, bias, name)
-    cast = _check(input, weight, bias)
-    why_not = _choice.unsupported(input if cast is None else input.new_empty(0, dtype=cast), weight, bias)
-    slower = sizes is None and _slower(input, weight, bias, _count_rows(input), *reversed(weight.shape))
+    if sizes and _autograd.autocast_dtype(input) is None:
+        cast, why_not, slower = None, _choice.unavailable(), False
+    else:
+        cast = _check(input, weight, bias)
+        why_not = _choice.unsupported(input if cast is None else input.new_empty(0, dtype=cast), weight, bias)
+        slower = sizes is None and _slower(input, weight, bias, _count_rows(input), *reversed(weight.shape))
     if not _choice.runs("linear_act", why_not, slower):
         return reference(input, weight, bias, name)
     dtype = cast or input.dtype
@@ -91,21 +94,20 @@ def rounds_input(input, cast):
 
 
 def _plain_sizes(input, weight, bias):
-    """M, K and N of a usual call on the CPU, in which there is nothing to complain of; None if it needs a closer look.
+    """M, K and N of a usual call on the CPU, of which :func:`_check` has nothing to say; None if it needs a closer look.
 
     A call that PyTorch's kernel is faster for may take 5 us altogether, of which this is to be the smaller part.
     """
-    if not (isinstance(input, torch.Tensor) and isinstance(weight, torch.Tensor)):
+    tensors = (input, weight) if bias is None else (input, weight, bias)
+    if not _choice.plain(tensors):
         return None
     dtype = input.dtype
-    if not (dtype.is_floating_point and weight.dtype is dtype and input.is_cpu and weight.is_cpu and weight.ndim == 2):
+    if weight.dtype is not dtype or weight.ndim != 2:
         return None
     N, K = weight.shape
     if input.ndim == 0 or input.size(-1) != K or K == 0:
         return None
-    if bias is not None and not (
-        isinstance(bias, torch.Tensor) and bias.dtype is dtype and bias.is_cpu and bias.ndim == 1 and bias.numel() == N
-    ):
+    if bias is not None and not (bias.dtype is dtype and bias.ndim == 1 and bias.numel() == N):
         return None
     return input.numel() // K, K, N
 
@@ -131,6 +133,8 @@ def _count_rows(tensor):
 
 
 def _rows(tensor, size):
+    if tensor.ndim == 2 and tensor.is_contiguous():
+        return tensor
     return tensor.reshape(_count_rows(tensor), size).contiguous()
 
 
@@ -142,7 +146,7 @@ def forward(input, weight, bias, activation, dtype, keep):
     output = input.new_empty((*input.shape[:-1], N), dtype=dtype)
     preact = input.new_empty((rows.shape[0], N), dtype=dtype) if keep and activation else None
     torch.ops.fastft.linear_act_forward(
-        output.view(rows.shape[0], N),
+        output if output.ndim == 2 else output.view(rows.shape[0], N),
         preact,
         rows,
         weight.contiguous(),
