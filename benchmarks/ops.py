@@ -11,6 +11,7 @@ forward+backward. A cell is slower than allowed above 1.03 x PyTorch's time, or 
     python -m benchmarks.ops --op linear_act --shape 2048x --pass forward --pass "grad input" --pass "grad weight"
     python -m benchmarks.ops --isa all --shape 2048x384
     python -m benchmarks.ops --grid
+    python -m benchmarks.ops --grid --op linear_act --shape 64x --save --add
 """
 
 import argparse
@@ -29,6 +30,7 @@ from fastft.testing.timing import ROUNDS, BeatsPeak, Peaks
 SHOWN = ("forward", "train", "grad input", "grad weight")
 GRID_PASSES = ("forward", "train")
 GRID_ROUNDS, GRID_S = 15, 0.25  # of one cell, the fewer and the shorter of the two
+CELL = ("isa", "op", "sample", "path", "dtype")  # what tells rows apart
 AGAIN = 5  # times as many for a cell that fails
 
 
@@ -53,7 +55,8 @@ def main() -> int:
                 shares = dict.fromkeys(("alone", "fastft", "torch"))
                 failures.append(f"{_label(row)}: {error}")
             rows.append({**row.as_dict(), "isa": isa, "slower": row.slower, "shares": shares})
-    report.publish("grid" if options.grid else "ops", rows, {isa: p.as_dict() for isa, p in peaks.items()}, options)
+    limits = {isa: found.as_dict() for isa, found in peaks.items()}
+    report.publish("grid" if options.grid else "ops", rows, limits, options, add_by=CELL if options.add else ())
     for failure in failures:
         print(f"beats the peak: {failure}", file=sys.stderr)
     return 1 if failures else 0
@@ -72,6 +75,7 @@ def _options(names: list[str]) -> argparse.Namespace:
     parser.add_argument("--isa", choices=("all", *_library.ISAS), help="this instruction set, or each one in turn")
     parser.add_argument("--grid", action="store_true", help="measure where we are slower than PyTorch; minutes")
     parser.add_argument("--quick", action="store_true", help="five rounds, the first shape of each op")
+    parser.add_argument("--add", action="store_true", help="with --save: beside the rows that were saved before")
     report.add_options(parser, ROUNDS)
     options = parser.parse_args()
     if options.quick:

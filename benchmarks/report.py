@@ -31,8 +31,18 @@ def add_options(parser: argparse.ArgumentParser, rounds: int) -> None:
     parser.add_argument("--save", action="store_true", help="write JSON, table and plot under benchmarks/results/")
 
 
-def publish(benchmark: str, rows: Sequence[Row], peaks: Mapping[str, Row], options: argparse.Namespace) -> None:
-    """Prints a benchmark's table, and writes what the options ask for."""
+def publish(
+    benchmark: str,
+    rows: Sequence[Row],
+    peaks: Mapping[str, Row],
+    options: argparse.Namespace,
+    add_by: Sequence[str] = (),
+) -> None:
+    """Prints a benchmark's table, and writes what the options ask for.
+
+    add_by: a saved row that differs from all of these rows in one of these fields is kept, so that a long benchmark can
+        be measured in pieces.
+    """
     results = {"benchmark": benchmark, "conditions": conditions(), "peaks": dict(peaks), "rows": list(rows)}
     print(render(results))
     if options.json:
@@ -41,9 +51,24 @@ def publish(benchmark: str, rows: Sequence[Row], peaks: Mapping[str, Row], optio
         facts = results["conditions"]
         folder = RESULTS / f"{machine_name(facts)}-{facts['date']}"
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{benchmark}.json").write_text(json.dumps(results, indent=1) + "\n")
+        file = folder / f"{benchmark}.json"
+        if add_by and file.is_file():
+            results = _together(json.loads(file.read_text()), results, add_by)
+        file.write_text(json.dumps(results, indent=1) + "\n")
         write(folder, benchmark)
         print(f"saved to {folder.relative_to(ROOT)}", file=sys.stderr)
+
+
+def _together(earlier: Results, now: Results, add_by: Sequence[str]) -> Results:
+    """The rows of both, of two measurements of the same the later one; peaks are the better ones."""
+    rows = {tuple(row[name] for name in add_by): row for results in (earlier, now) for row in results["rows"]}
+    peaks = earlier["peaks"] | {
+        isa: {name: max(value, earlier["peaks"].get(isa, {}).get(name, value)) for name, value in found.items()}
+        for isa, found in now["peaks"].items()
+    }
+    commands = dict.fromkeys((*earlier["conditions"]["command"].split("; "), now["conditions"]["command"]))
+    conditions = {**now["conditions"], "command": "; ".join(commands)}
+    return {**now, "conditions": conditions, "peaks": peaks, "rows": list(rows.values())}
 
 
 def write(folder: Path, benchmark: str) -> None:
@@ -64,6 +89,8 @@ def render(results: Results) -> str:
         return (
             (table([cells(row) for row in slower]) if slower else "")
             + _grid_summary(rows)
+            + _grid_overview(rows)
+            + "\n"
             + _conditions(results)
             + "\n"
         )
@@ -117,6 +144,21 @@ def _grid_summary(rows: Sequence[Row]) -> str:
         f"\n{slower} of {len(rows)} cells are slower than allowed: above 1.03 x PyTorch's time, or above 10 us more "
         f"where that is below 100 us. Our kernel ran in {ours} of them all, PyTorch's in {len(rows) - ours}.\n\n"
     )
+
+
+def _grid_overview(rows: Sequence[Row]) -> str:
+    """Every cell in a few characters: a line per size, a column per dtype and pass."""
+    lines: dict[tuple, dict[str, str]] = {}
+    columns = dict.fromkeys(f"{row['dtype']} {row['path']}" for row in rows)
+    for row in rows:
+        of_size = lines.setdefault(
+            (row["isa"], row["op"], row["sample"]),
+            {"isa": row["isa"], "op": row["op"], "shape": row["sample"], **dict.fromkeys(columns, "-")},
+        )
+        marks = (" torch" if row["kernel"] == "torch" else "") + (" SLOWER" if row["slower"] else "")
+        of_size[f"{row['dtype']} {row['path']}"] = f"{row['ratio']['median']:.2f}{marks}"
+    legend = 'Times faster than PyTorch\'s op; "torch": its kernel ran.'
+    return f"{legend}\n\n{table(list(lines.values()))}"
 
 
 def _step_cells(row: Row) -> dict[str, str]:

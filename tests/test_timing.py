@@ -224,6 +224,19 @@ def test_saved_results_are_json_a_table_and_a_plot(saved):
     assert (saved / "step.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_benchmark_can_be_saved_piece_by_piece(saved):
+    options = argparse.Namespace(json=None, save=True)
+    first, second = rows_of_a_step()
+    later = [{**first, "share": 0.8}, {**second, "provider": "fastft, compiled"}]
+    report.publish("step", later, {"avx2": peaks().as_dict()}, options, add_by=("provider",))
+    rows = json.loads((saved / "step.json").read_text())["rows"]
+    assert [(row["provider"], row["share"]) for row in rows] == [
+        ("stock", 0.8),
+        ("fastft", None),
+        ("fastft, compiled", None),
+    ]
+
+
 def test_the_readme_changes_between_its_markers_only(saved):
     readme = saved.parent.parent / "README.md"
     readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
@@ -248,7 +261,8 @@ def test_the_grid_shows_where_we_are_slower_and_keeps_the_rest(tmp_path):
     results = {"benchmark": "grid", "conditions": timing.conditions(), "peaks": {}, "rows": grid_rows()}
     text = report.render(results)
     assert text.splitlines()[2].startswith("| linear_act | 64x64->64 | forward | float32 | avx2   | 2 ± 0.0%")
-    assert "1 of 2 cells are slower than allowed" in text and text.count("64x64->64") == 1
+    assert "1 of 2 cells are slower than allowed" in text and text.count("| 64x64->64 ") == 2
+    assert "| avx2 | linear_act | 64x64->64 | 0.50 SLOWER " in text  # the later of the two
     report.plot(results, tmp_path / "grid.png")
     assert (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG")
 

@@ -134,8 +134,10 @@ _DTYPES = {
 
 
 def plain(tensors):
-    """Whether :func:`unsupported` has nothing to say of any of them, which lie on the CPU: a few of its checks that leave
-    out what is rare, for calls that take less time than all of them would."""
+    """Whether these are on the CPU and :func:`unsupported` has nothing to say of any of them; False where that is rare.
+
+    For calls that are done before all of its checks would be.
+    """
     for tensor in tensors:
         if type(tensor) not in _PLAIN or not tensor.is_cpu or tensor.layout is not torch.strided:
             return False

@@ -94,7 +94,7 @@ def rounds_input(input, cast):
 
 
 def _plain_sizes(input, weight, bias):
-    """M, K and N of a usual call on the CPU, of which :func:`_check` has nothing to say; None if it needs a closer look.
+    """M, K and N of a usual call on the CPU, in which there is nothing to complain of; None if it needs a closer look.
 
     A call that PyTorch's kernel is faster for may take 5 us altogether, of which this is to be the smaller part.
     """
