@@ -189,11 +189,12 @@ class _LinearAct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         *tensors, preact = ctx.saved_tensors
-        kernel = functools.partial(backward, ctx.activation, preact, ctx.needs_input_grad[:3])
+        kept = ctx.activation, preact, ctx.needs_input_grad[:3]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            kernel = functools.partial(backward, *kept)
 
             def composition(input, *parameters):
                 return reference(input.to(ctx.dtype), *parameters, activations.NAMES[ctx.activation])
 
             return *_autograd.Backward.apply(kernel, composition, grad_output, *tensors), None, None
-        return *kernel(grad_output, *tensors), None, None
+        return *backward(*kept, grad_output, *tensors), None, None
