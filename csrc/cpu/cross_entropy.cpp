@@ -157,11 +157,6 @@ struct Rows {
 
   V soft(V q, V w) const { return (share + rest * q) * w; }
 
-  // Elements from p, behind its first one, to where registers are streamed to.
-  static int64_t to_line(const T* p) {
-    return int64_t(kVectorBytes - uintptr_t(p) % kVectorBytes) / int64_t(sizeof(T));
-  }
-
   // ---- along: a register of classes from c on
   V q_along(int64_t at, int64_t c) const { return p.q ? load(p.q + at + c) : V{}; }
   V w_along(int64_t c) const { return p.w ? load(p.w + c) : broadcast(F(1)); }
@@ -259,34 +254,21 @@ Totals<typename R::F> along_short(const R& rows, const Group& g) {
   return {load(max), (total - unit) / unit, V{}, V{}};
 }
 
-// The least and the largest of the words of logits, lane by lane. Of signed words the largest is the largest logit if
-// one is not negative; of unsigned ones, the least negative comes first.
+// The least and the largest of words of logits, lane by lane, without widening them first: of signed words the largest
+// is the largest logit if one is not negative; of unsigned ones, the least negative comes first.
 template <class T>
 struct Range {
-  using F = Compute<T>;
-  using V = Vec<F>;
   using Signed = decltype(Words<T>{} < Words<T>{});
   Words<T> signed_top, top, bottom;
 
   explicit Range(Words<T> words) : signed_top(words), top(words), bottom(words) {}
-  void add(const Range& other) {
-    signed_top = (Signed)other.signed_top > (Signed)signed_top ? other.signed_top : signed_top;
-    top = other.top > top ? other.top : top;
-    bottom = other.bottom < bottom ? other.bottom : bottom;
+  void add(Words<T> words) {
+    signed_top = (Signed)words > (Signed)signed_top ? words : signed_top;
+    top = words > top ? words : top;
+    bottom = words < bottom ? words : bottom;
   }
   Words<T> max() const { return (Signed)signed_top < 0 ? bottom : signed_top; }
   Words<T> min() const { return (Signed)top < 0 ? top : bottom; }
-  bool within(V low, V high) const {  // false for NaN, too
-    V outside = {};
-    for (int i = 0; i < kParts<T>; ++i)
-      outside = (part<T>(min(), i) >= low) & (part<T>(max(), i) <= high) ? outside : broadcast(F(1));
-    return max_lanes<F>(outside)[0] == 0;
-  }
-  V largest() const {  // of all, in every lane
-    V largest = part<T>(max(), 0);
-    for (int i = 1; i < kParts<T>; ++i) largest = larger(part<T>(max(), i), largest);
-    return max_lanes<F>(largest);
-  }
 };
 
 // Long rows, one pass: logits are added up relative to a guess at their maximum, which is mended where it turns out far
@@ -295,40 +277,46 @@ template <bool kRough, class T>
 struct Running {
   using F = Compute<T>;
   using V = Vec<F>;
-  V guess, sum = {};
-  Range<T> all;
+  static constexpr int kOf = kParts<T>;
+  V guess, max, sum = {};
 
   Running(Words<T> first, F target)
-      : guess(larger(broadcast(-kLargest<F>), broadcast(target))), all(first) {  // -infinity minus itself is NaN
-    guess = larger(all.largest(), guess);
+      : guess(larger(broadcast(-kLargest<F>), broadcast(target))), max(part<T>(first, 0)) {
+    for (int k = 1; k < kOf; ++k) max = larger(part<T>(first, k), max);
+    guess = larger(max_lanes<F>(max), guess);  // finite: -infinity minus itself is NaN
   }
 
   template <class At>
   inline __attribute__((always_inline)) void add(int n, const At& words_at) {
     const V low = lowest_exp(V{}), one = broadcast(F(1));
     Range<T> range(words_at(0));
-    V sums[kParts<T>] = {};
+    V sums[kOf] = {}, outside = {};
     for (int i = 0; i < n; ++i) {
       const Words<T> words = words_at(i);
-      range.add(Range<T>(words));
+      range.add(words);
 #pragma GCC unroll 2
-      for (int k = 0; k < kParts<T>; ++k) sums[k] += exp_times<kRough>(part<T>(words, k) - guess, one);
+      for (int k = 0; k < kOf; ++k) sums[k] += exp_times<kRough>(part<T>(words, k) - guess, one);
     }
-    if (!range.within(guess + low, guess + kRoom<F>)) {  // again, with care
-      const V top = range.largest();
+    for (int k = 0; k < kOf; ++k) {  // outside of what exp_times takes, NaN too
+      const V top = part<T>(range.max(), k), bottom = part<T>(range.min(), k);
+      outside = (bottom >= guess + low) & (top <= guess + kRoom<F>) ? outside : one;
+      max = larger(top, max);
+    }
+    if (max_lanes<F>(outside)[0] != 0) {  // again, with care
+      const V top = max_lanes<F>(max);
       if (top[0] > guess[0] + kRoom<F>) sum *= exp_below_0(guess - top), guess = top;
-      for (int k = 0; k < kParts<T>; ++k) {
+      for (int k = 0; k < kOf; ++k) {
         sums[k] = V{};
         for (int i = 0; i < n; ++i) sums[k] += exp_or_least<kRough>(part<T>(words_at(i), k) - guess, one, low);
       }
     }
-    for (int k = 0; k < kParts<T>; ++k) sum += sums[k];
-    all.add(range);
+    for (int k = 0; k < kOf; ++k) sum += sums[k];
   }
 
   Totals<F> totals() const {
-    const V max = all.largest(), low = lowest_exp(V{}), unit = exp_or_least<kRough>(max - guess, broadcast(F(1)), low);
-    return {max, (sum_lanes<F>(sum) - unit) / unit, V{}, V{}};
+    const V top = max_lanes<F>(max), low = lowest_exp(V{});
+    const V unit = exp_or_least<kRough>(top - guess, broadcast(F(1)), low);
+    return {top, (sum_lanes<F>(sum) - unit) / unit, V{}, V{}};
   }
 };
 
@@ -478,12 +466,28 @@ void grad_along(const R& rows, int64_t at, const Scales<F>& by) {
   if (rows.C % R::L) step(rows.C - R::L);  // again some that have been written
 }
 
+// Writes words_at(c) to dx + c, whole registers of a row; returns where they end. Past the caches, to aligned addresses,
+// if the gradient does not fit them: what comes before the first of those is written as well.
+template <class R, class At>
+inline __attribute__((always_inline)) int64_t write_words(const R& rows, typename R::Logit* dx, const At& words_at) {
+  using T = typename R::Logit;
+  constexpr int P = kLanes<T>;
+  int64_t c = 0;
+  if (rows.streams && rows.C >= 2 * P) {
+    store_words(dx, words_at(0));
+    c = int64_t(kVectorBytes - uintptr_t(dx) % kVectorBytes) / int64_t(sizeof(T));
+    for (; c + P <= rows.C; c += P) stream(dx + c, words_at(c));
+  }
+  for (; c + P <= rows.C; c += P) store_words(dx + c, words_at(c));
+  return c;
+}
+
 // The same without soft targets, for factors of moderate size; where exp(x - max) softmax is less than normal, it is 0.
 template <class R, class F>
 void grad_along_quickly(const R& rows, int64_t at, const Scales<F>& by, F lowest) {
   using T = typename R::Logit;
   using V = Vec<F>;
-  constexpr int P = kLanes<T>, L = R::L;
+  constexpr int L = R::L;
   const T* const x = rows.p.x + at;
   T* const dx = rows.p.dx + at;
   const V max = broadcast(by.max), factor = broadcast(by.softmax), low = broadcast(lowest);
@@ -491,19 +495,13 @@ void grad_along_quickly(const R& rows, int64_t at, const Scales<F>& by, F lowest
     const V v = x - max, e = exp_times<sizeof(T) == 2>(v < low ? low : v, factor);
     return v < low ? V{} : e;
   };
-  const auto grads = [&](int64_t c) {
+  int64_t c = write_words(rows, dx, [&](int64_t c) {
     const Words<T> words = load_words(x + c);
     V parts[kParts<T>];
 #pragma GCC unroll 2
     for (int k = 0; k < kParts<T>; ++k) parts[k] = grad(part<T>(words, k));
     return join<T>(parts);
-  };
-  int64_t c = 0;
-  if (rows.streams && rows.C >= 2 * P) {
-    store_words(dx, grads(0));
-    for (c = rows.to_line(dx); c + P <= rows.C; c += P) stream(dx + c, grads(c));
-  }
-  for (; c + P <= rows.C; c += P) store_words(dx + c, grads(c));
+  });
   for (; c + L <= rows.C; c += L) store(dx + c, grad(load(x + c)));
   if (c < rows.C) store(dx + rows.C - L, grad(load(x + rows.C - L)));  // again some that have been written
 }
@@ -511,13 +509,8 @@ void grad_along_quickly(const R& rows, int64_t at, const Scales<F>& by, F lowest
 template <class R>
 void clear_row(const R& rows, int64_t at) {
   using T = typename R::Logit;
-  constexpr int P = kLanes<T>;
   T* const dx = rows.p.dx + at;
-  int64_t c = 0;
-  if (rows.streams && rows.C >= 2 * P) {
-    store_words(dx, Words<T>{});
-    for (c = rows.to_line(dx); c + P <= rows.C; c += P) stream(dx + c, Words<T>{});
-  }
+  const int64_t c = write_words(rows, dx, [](int64_t) { return Words<T>{}; });
   std::memset(dx + c, 0, size_t(rows.C - c) * sizeof(T));
 }
 

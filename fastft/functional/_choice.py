@@ -133,12 +133,14 @@ _DTYPES = {
 }
 
 
-def plain(tensors):
+def plain(*tensors):
     """Whether these are on the CPU and :func:`unsupported` has nothing to say of any of them; False where that is rare.
 
     For calls that are done before all of its checks would be.
     """
     for tensor in tensors:
+        if tensor is None:
+            continue
         if type(tensor) not in _PLAIN or not tensor.is_cpu or tensor.layout is not torch.strided:
             return False
         if tensor.dtype not in _DTYPES["cpu"]:

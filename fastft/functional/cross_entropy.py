@@ -67,10 +67,10 @@ def reference(input, target, weight=None, ignore_index=-100, reduction="mean", l
 
 
 def _is_plain(input, target, weight, reduction):
-    """Whether this is a usual call on the CPU, in which there is nothing to complain of, told in a third of the time."""
+    """Whether this is a usual call on the CPU, in which there is nothing to complain of: a third of :func:`_check`."""
     return (
         weight is None
-        and _choice.plain((input,))
+        and _choice.plain(input)
         and type(target) is torch.Tensor
         and target.dtype is torch.int64
         and target.is_cpu
