@@ -163,7 +163,7 @@ def test_attention_drops_what_the_rule_says(dtype, packed, gpu):
         return op._Attention.apply(query, key, value, None, starts, seed, call)
 
     def stock(query, key, value):
-        return op._composition(call, (None, starts, seed), query, key, value)
+        return op.composition(call, (None, starts, starts, seed), query, key, value)
 
     def evaluate(number):
         shape = (39, 2, 20) if packed else (2, 2, 34, 20)
