@@ -2,7 +2,14 @@
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, BertModel
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    DistilBertForSequenceClassification,
+    ElectraForSequenceClassification,
+    RobertaForSequenceClassification,
+)
 
 import fastft
 
@@ -17,13 +24,29 @@ CONFIG = {
     "attention_probs_dropout_prob": 0.0,
     "num_labels": 3,
 }
-ARCHITECTURES = (BertModel, BertForSequenceClassification, fastft.TextClassifier)
+ARCHITECTURES = (
+    *(BertModel, BertForSequenceClassification, fastft.TextClassifier),
+    *(RobertaForSequenceClassification, ElectraForSequenceClassification, DistilBertForSequenceClassification),
+)
+DISTILBERT_S_NAMES = {
+    "intermediate_size": "hidden_dim",
+    "hidden_dropout_prob": "dropout",
+    "attention_probs_dropout_prob": "attention_dropout",
+    "hidden_act": "activation",
+}
 each_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 
 
 def build(architecture=BertForSequenceClassification, seed=0, **changes):
     torch.manual_seed(seed)
-    model = architecture(BertConfig(**{**CONFIG, **changes}))
+    options, config = {**CONFIG, **changes}, BertConfig
+    if architecture is not fastft.TextClassifier:
+        config = architecture.config_class
+    if architecture is DistilBertForSequenceClassification:
+        options = {DISTILBERT_S_NAMES.get(key, key): value for key, value in options.items()} | {
+            "seq_classif_dropout": 0.0
+        }
+    model = architecture(config(**options))
     for name, parameter in model.named_parameters():  # biases start at zero: a bias left out would not be seen
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.1)

@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from small_models import CONFIG, batch, build, step
-from transformers import BertForSequenceClassification, BertModel
+from small_models import ARCHITECTURES, CONFIG, batch, build, step
+from transformers import BertModel
 
 import fastft
 from fastft.functional._choice import use_backend
@@ -66,7 +66,7 @@ def test_a_batch_in_which_a_first_token_is_masked_runs_padded(mask):
 
 
 @pytest.mark.parametrize("mask", [UNEVEN, HOLES, LEFT, FIRST_MASKED, NOTHING], ids=str)
-@pytest.mark.parametrize("architecture", [BertForSequenceClassification, fastft.TextClassifier])
+@pytest.mark.parametrize("architecture", ARCHITECTURES[1:])
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
 def test_any_mask_gives_stock_s_numbers(architecture, mask, autocast):
     def evaluate(seed):

@@ -33,7 +33,9 @@ def order():
 
 
 def small(spec, dtype):
-    return [index for index, sample in enumerate(spec.outline(dtype)) if spec.small(sample)]
+    """Indices of the samples to run; of other dtypes than float32 not the largest, in which only loops are longer."""
+    most = 2e-4 if dtype == torch.float32 else 1e-5
+    return [i for i, sample in enumerate(spec.outline(dtype)) if spec.small(sample) and spec.cost(sample) < most]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

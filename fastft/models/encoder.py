@@ -52,7 +52,7 @@ class AttentionHalf(NamedTuple):
     value: str
     weights_dropout: str
     dense: str
-    dropout: str
+    dropout: str | None
     norm: str
     called: tuple[str, ...]  # modules whose forward calls the others
 
@@ -70,7 +70,7 @@ class AttentionHalf(NamedTuple):
         for name in (self.weights_dropout, *self.called):
             if why := watched(_get(module, name)):
                 return f"{name} {why}"
-        return why_not_normalized(_get(module, self.dropout), _get(module, self.norm))
+        return why_not_normalized(self.dropout and _get(module, self.dropout), _get(module, self.norm))
 
     def arguments(self, module, heads, scale):
         """What :func:`encoder_layer` takes."""
@@ -81,7 +81,7 @@ class AttentionHalf(NamedTuple):
             *(linear.bias for linear in linears),
             *(dense.weight, dense.bias, norm.weight, norm.bias),
         )
-        rates = [_rate(_get(module, name)) for name in (self.weights_dropout, self.dropout)]
+        rates = [_rate(_get(module, name)) if name else 0.0 for name in (self.weights_dropout, self.dropout)]
         return parameters, node.AttentionOptions(heads, scale, *rates, norm.eps)
 
 
@@ -134,12 +134,13 @@ def run(hidden_states, attention_mask, attention=None, feed_forward=None, memory
         memory: of ``node.MEMORY``.
     Returns: the same shape; ``(B, H)`` where the batch wants first rows only.
     """
-    if isinstance(attention_mask, node.Batch):
-        return node.encoder_layer(hidden_states, attention_mask, attention, feed_forward, memory)
-    B, S, H = hidden_states.shape
-    batch = padded(attention_mask, B, S, attention[1].heads, hidden_states.dtype) if attention else None
-    output = node.encoder_layer(hidden_states.reshape(B * S, H), batch, attention, feed_forward, memory)
-    return output.view(B, S, H)
+    shape, batch = hidden_states.shape, attention_mask
+    if attention and not isinstance(batch, node.Batch):
+        batch = padded(attention_mask, *shape[:2], attention[1].heads, hidden_states.dtype)
+    # Autocast's dtype, where a product made the first hidden states: what stock rounds to it is rounded at the end.
+    rows = hidden_states.reshape(-1, shape[-1]).to((attention or feed_forward)[0][-1].dtype)
+    output = node.encoder_layer(rows, batch, attention, feed_forward, memory).to(hidden_states.dtype)
+    return output if isinstance(attention_mask, node.Batch) else output.view(shape)
 
 
 def padded(attention_mask, B, S, heads, dtype):
@@ -157,57 +158,104 @@ def runs_here(hidden_states, attention_mask, parameters):
     is_slower = hidden_states.is_cpu and hidden_states.shape[:-1].numel() < FEW_ROWS
     if _choice.backend() == "torch" or (_choice.backend() == "auto" and is_slower):
         return False
-    if hidden_states.dim() != 3 or any(p.dtype != hidden_states.dtype for p in parameters):
+    if hidden_states.dim() != 3 or len({p.dtype for p in parameters}) != 1:
+        return False
+    compute = _autograd.autocast_dtype(hidden_states) or hidden_states.dtype
+    if parameters[0].dtype != hidden_states.dtype and (parameters[0].dtype, hidden_states.dtype) != (
+        torch.float32,
+        compute,
+    ):
         return False
     if attention_mask is not None and (attention_mask.dim() != 4 or attention_mask.requires_grad):
         return False
-    compute = _autograd.autocast_dtype(hidden_states) or hidden_states.dtype
     return _choice.unsupported(hidden_states, hidden_states.new_empty(0, dtype=compute), *parameters) is None
 
 
 # ---- the whole encoder: without padding, and the last layer for first rows only
 
 
+class Handed(NamedTuple):
+    """What the model hands to its encoder past transformers' code between them."""
+
+    attention_mask: torch.Tensor | None  # the caller's
+    first_only: bool  # the caller reads nothing but the first row of each sequence
+    padding_free: bool
+
+
 class Plan(NamedTuple):
-    """How an encoder runs a batch: handed through it in place of the mask."""
+    """What an encoder leaves out of a batch."""
 
     batch: node.Batch
     kept: torch.Tensor | None  # rows of all B * S that are computed; None: all
     first_only: bool  # of the last layer
 
 
-def plan(layers, attention_mask, hidden_states, first_only, padding_free, heads, padded_mask):
+class Encoder(Swapped):
+    """What the replacing classes of all architectures' encoders have in common."""
+
+    _fastft_works = False
+    _fastft_handed = None
+
+    def _fastft_forward(self, hidden_states, attention_mask=None, *args, **kwargs):
+        handed = self._fastft_handed
+        others = ("encoder_hidden_states", "encoder_attention_mask", "cache")
+        if handed is not None and not args and all(kwargs.get(name) is None for name in others):
+            found = plan(self.layer, handed, hidden_states, attention_mask, self._fastft_heads())
+            if found is not None:
+                return self._fastft_output(last_hidden_state=run_layers(self.layer, hidden_states, found))
+        return super().forward(hidden_states, attention_mask, *args, **kwargs)
+
+
+class Model(Swapped):
+    """What the replacing classes of all architectures' models have in common; ``attention_mask`` is argument 1."""
+
+    _fastft_works = False
+    _fastft_padding_free = True
+    _fastft_first_only = False
+
+    def _fastft_forward(self, *args, **kwargs):
+        inner = getattr(self, self._fastft_encoder)
+        if not isinstance(inner, Encoder) or torch.compiler.is_compiling():
+            return super().forward(*args, **kwargs)
+        unseen = all(is_sharded(module) or not watched(module) for module in (self, inner))
+        inner._fastft_handed = Handed(
+            args[1] if len(args) > 1 else kwargs.get("attention_mask"),
+            self._fastft_first_only and unseen and self._fastft_reads_first_only(),
+            self._fastft_padding_free,
+        )
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            del inner._fastft_handed
+
+
+def plan(layers, handed, hidden_states, attention_mask, heads):
     """The :class:`Plan` of one call, or None where there is nothing to leave out.
 
     Packing applies where each sequence's first token is there: who reads hidden states finds zeros at padding.
 
     Args:
         layers: the encoder's; all must run as one node.
-        attention_mask: the caller's, ``(B, S)`` where sequences can be packed.
+        handed: a :class:`Handed`; sequences can be packed where its mask is ``(B, S)``.
         hidden_states: ``(B, S, H)``, what the first layer gets.
-        first_only: whether only the first row of each sequence is read.
-        padding_free: whether sequences may be packed.
+        attention_mask: the mask that layers get otherwise.
         heads: of the attention.
-        padded_mask: makes the mask that layers get otherwise.
     """
-    if torch.compiler.is_compiling() or not _all_whole(layers, hidden_states):
+    packs = handed.padding_free and handed.attention_mask is not None and handed.attention_mask.dim() == 2
+    if not (packs or handed.first_only) or not _all_whole(layers, hidden_states):
         return None
     B, S, _ = hidden_states.shape
-    batch, kept = None, None
-    # On a GPU the number of tokens would have to be waited for.
-    if padding_free and attention_mask is not None and attention_mask.dim() == 2 and hidden_states.is_cpu:
-        present = attention_mask != 0
-        if not present.all() and present[:, 0].all() and present.shape == (B, S):
+    if packs and hidden_states.is_cpu:  # on a GPU the number of tokens would have to be waited for
+        present = handed.attention_mask != 0
+        if present.shape == (B, S) and not present.all() and present[:, 0].all():
             lengths = present.sum(1)
             cu_seqlens = torch.zeros(B + 1, dtype=torch.int32)
             torch.cumsum(lengths, 0, out=cu_seqlens[1:])
             batch = node.Batch(B, int(lengths.max()), None, cu_seqlens)
-            kept = present.flatten().nonzero()[:, 0]
-    if batch is None:
-        if not first_only:
-            return None
-        batch = padded(padded_mask(), B, S, heads, hidden_states.dtype)
-    return Plan(batch, kept, first_only)
+            return Plan(batch, present.flatten().nonzero()[:, 0], handed.first_only)
+    if not handed.first_only:
+        return None
+    return Plan(padded(attention_mask, B, S, heads, hidden_states.dtype), None, True)
 
 
 def _all_whole(layers, hidden_states):
@@ -228,9 +276,10 @@ def run_layers(layers, hidden_states, plan):
     rows = hidden_states.reshape(B * S, H)
     if plan.kept is not None:
         rows = rows.index_select(0, plan.kept)
-    for layer in layers[:-1]:
+    *layers, last = layers
+    for layer in layers:
         rows = layer(rows, plan.batch)
-    rows = layers[-1](rows, plan.batch._replace(first_only=plan.first_only))
+    rows = last(rows, plan.batch._replace(first_only=plan.first_only))
     if plan.first_only:
         return rows.view(B, 1, H)
     if plan.kept is not None:
@@ -239,9 +288,10 @@ def run_layers(layers, hidden_states, plan):
 
 
 @contextlib.contextmanager
-def reading_first(model):
-    """Within it, the caller reads nothing of the encoder's last hidden states but first rows."""
-    if not isinstance(model, Swapped) or torch.compiler.is_compiling():
+def reading_first(model, readers):
+    """Within it, the caller reads nothing of the model's last hidden states but first rows; ``readers`` are the modules
+    that it hands them to."""
+    if not isinstance(model, Model) or torch.compiler.is_compiling() or any(map(watched, readers)):
         yield
         return
     model._fastft_first_only = True

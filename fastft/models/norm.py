@@ -13,13 +13,18 @@ def normalized(input, residual, dropout, norm):
 
 
 def why_not_normalized(dropout, norm):
-    """A sentence if these two modules, as they are now, have to be called one after the other, else None."""
+    """A sentence if these two modules, as they are now, have to be called one after the other, else None; ``dropout``
+    may be None."""
     for what, module, known in (("dropout", dropout, torch.nn.Dropout), ("LayerNorm", norm, torch.nn.LayerNorm)):
+        if module is None:
+            continue
         if type(module) is not known:
             kind = type(module)
             return f"its {what} is {kind.__module__}.{kind.__qualname__}, not torch.nn.{known.__name__}"
         if why := watched(module):
             return f"its {what} {why}"
+    if norm.weight is None or norm.bias is None:
+        return "its LayerNorm has no weight or no bias"
     if len(norm.normalized_shape) != 1:
         return f"its LayerNorm normalises over {len(norm.normalized_shape)} dimensions, not one"
     return None

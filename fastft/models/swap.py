@@ -14,8 +14,9 @@ from transformers.utils import ModelOutput
 class Swapped:
     """First base, or that one's base, of every class that replaces another one; the second base is what it replaces.
 
-    Both have the same name, and ours can be imported from its module under it, so that pickle, deepcopy and
-    DataParallel's replicas find it. ``optimize`` changes the ``__class__`` of existing instances.
+    Its ``forward`` is ``_fastft_forward``, if there is one. Both classes have the same name, and ours can be imported
+    from its module under it, so that pickle, deepcopy and DataParallel's replicas find it. ``optimize`` changes the
+    ``__class__`` of existing instances.
     """
 
     _fastft_dtype = None  # what optimize(dtype=…) asked for, where it is not what the parameters and autocast say
@@ -23,6 +24,9 @@ class Swapped:
     _fastft_works = True  # False: it only calls what is inside
 
     def __init_subclass__(cls, **kwargs):
+        stock = replaced(cls)
+        if stock is not None and "forward" not in vars(cls) and hasattr(cls, "_fastft_forward"):
+            cls.forward = replaces(stock.forward)(cls._fastft_forward)
         super().__init_subclass__(**kwargs)
         if hasattr(cls, "_can_record_outputs"):  # else transformers gives None for the hidden states of our class
             dict.__setitem__(_CAN_RECORD_REGISTRY, str(cls), cls._can_record_outputs)

@@ -1,6 +1,7 @@
 """torch.nn modules over fastft.functional: same parameters, names and state_dict as torch's."""
 
 from fastft.nn.cross_entropy import CrossEntropyLoss
+from fastft.nn.layer_norm import LayerNorm
 from fastft.nn.linear_act import MLP, LinearAct
 
-__all__ = ["MLP", "CrossEntropyLoss", "LinearAct"]
+__all__ = ["MLP", "CrossEntropyLoss", "LayerNorm", "LinearAct"]
