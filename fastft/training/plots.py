@@ -7,9 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from fastft.training.lines import short
 from fastft.training.result import FinetuneResult
-
-LONGEST_NAME = 24  # characters of a class's name beside a confusion matrix
 
 
 def learning_curves(path: Path, runs: Mapping[str, FinetuneResult]) -> None:
@@ -57,7 +56,7 @@ def confusion_matrix(path: Path, names: Sequence[str], counts: Sequence[Sequence
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(image, fraction=0.04, label="share of the true class")
     axes.set(xlabel="predicted", ylabel="true", title=f"{np.trace(counts):,} of {counts.sum():,} right")
-    shown = [_plain(name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…") for name in names]
+    shown = [_plain(short(name)) for name in names]
     axes.set_xticks(range(classes), shown, rotation=90, fontsize=points)
     axes.set_yticks(range(classes), shown, fontsize=points)
     if classes <= 30:
