@@ -327,6 +327,12 @@ def test_labels_that_cannot_be_split(labels, message):
     assert str(caught.value).startswith(message)
 
 
+def test_a_split_that_leaves_nothing_to_learn_a_label_from_is_refused():
+    everything = data.load(([str(row) for row in range(100)], ["a", "b"] * 49 + ["rare"] * 2))
+    with pytest.raises(ValueError, match=r"^validation_share=0.95 leaves no example of the label 'rare' to train on$"):
+        data.split(everything, 0.95, seed=0)
+
+
 def test_split_keeps_the_share_of_every_label():
     labels = ["rare"] * 20 + ["common"] * 180
     everything = data.load(([str(row) for row in range(200)], labels))

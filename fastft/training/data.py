@@ -91,6 +91,8 @@ def load(
     Raises: ValueError, TypeError, OSError: one sentence with the place and the value.
     """
     if isinstance(data, (str, Path)):
+        if not str(data):
+            raise ValueError(f"{argument} is {data!r}, which names no file or folder")
         path = Path(data)
         source = str(path)
         where, unit, rows = _from_path(path, text, label, labels, encoding)
@@ -152,7 +154,7 @@ def split(examples: Examples, share: float, seed: int) -> tuple[Examples, Exampl
     """Splits into (training, validation) with the same share of every label; the same seed gives the same split.
 
     Raises: ValueError: as :func:`check_classes`; a label has one example only; ``share`` leaves either part fewer rows
-        than labels.
+        than labels, or training none of one label.
     """
     check_classes(examples)
     counts = examples.counts()
@@ -173,6 +175,10 @@ def split(examples: Examples, share: float, seed: int) -> tuple[Examples, Exampl
     train, validation = train_test_split(
         range(len(examples)), test_size=rows, stratify=examples.labels, random_state=seed
     )
+    left = {examples.labels[row] for row in train}
+    for name in counts:
+        if name not in left:
+            raise ValueError(f"validation_share={share} leaves no example of the label {shown(name)} to train on")
     return examples.take(train), examples.take(validation)
 
 
