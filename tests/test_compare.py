@@ -359,7 +359,7 @@ def test_html_shows_names_as_they_are(result):
         ({"dtype": "float16"}, "compare: dtype='float16' is none of auto, float32, bfloat16"),
         (
             {"data": None, "text": "review"},
-            "compare: text='review', label=None name columns of a file, but",
+            "compare: text='review' names a column of a file, but there is no data",
         ),
         ({"data": "nowhere.csv"}, "nowhere.csv does not exist"),
         ({"data": (["a", "<br>"], [0, 1])}, "data, row 0 is the only example"),
@@ -372,9 +372,9 @@ def test_html_shows_names_as_they_are(result):
         ({"model": build()}, "compare: the model names no checkpoint to take a tokenizer from"),
         (
             {"json": "/no/such/folder/a.json"},
-            "compare: json='/no/such/folder/a.json' is in a folder that does not exist",
+            "/no/such/folder/a.json cannot be written: there is no folder /no/such/folder",
         ),
-        ({"html": "/"}, "compare: html='/' is a folder, not a file"),
+        ({"html": "/"}, "/ is not a regular file, it cannot be written"),
     ],
     ids=lambda value: str(value)[:30] if isinstance(value, dict) else "",
 )
@@ -416,7 +416,7 @@ def test_command_prints_the_verdict_first_and_writes_files(model, tmp_path):
     [
         (("--steps", 1), "fastft: compare: --steps 1; a whole number from 2 is needed\n"),
         (("--data", "nowhere.csv"), "fastft: nowhere.csv does not exist\n"),
-        (("--json", "/no/such/folder/a.json"), "fastft: compare: --json '/no/such/folder/a.json' is in a folder that"),
+        (("--json", "/no/such/folder/a.json"), "fastft: /no/such/folder/a.json cannot be written: there is no folder"),
     ],
 )
 def test_command_refuses_with_one_sentence_and_status_2(model, arguments, message):

@@ -136,7 +136,7 @@ def test_what_is_no_pair_is_named_with_the_row(given, message):
 
 
 def test_columns_of_a_pair_are_refused():
-    with pytest.raises(ValueError, match="data: text='review', label=None name columns of a file, not of a pair"):
+    with pytest.raises(ValueError, match="data: text='review' names a column of a file, but this is none"):
         data.load((["a"], ["b"]), text="review")
 
 
@@ -287,7 +287,7 @@ def test_paths_that_are_no_data(tmp_path):
         data.load(tmp_path / "nowhere.csv")
     with pytest.raises(OSError, match="null is not a regular file"):
         data.load("/dev/null")
-    with pytest.raises(ValueError, match="name columns of a file, but this is a folder"):
+    with pytest.raises(ValueError, match="text='a' names a column of a file, but this is a folder"):
         data.load(tmp_path, text="a")
     path = write_table(tmp_path / "a.csv", [("text", "label"), ("a", "b")])
     with pytest.raises(ValueError, match=r"has no column 'stars', its columns are 'text', 'label': name the one"):

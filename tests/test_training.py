@@ -253,7 +253,7 @@ def test_texts_are_cleaned_before_the_split_and_lower_cased_on_demand(model, tmp
         ({"patience": 0}, "finetune: patience=0; None or a whole number from 1 is needed"),
         ({"class_weights": "inverse"}, "finetune: class_weights='inverse' is none of None, balanced"),
         ({"dtype": "float16"}, "finetune: dtype='float16' is none of auto, float32, bfloat16"),
-        ({"text": "review"}, "data: text='review', label=None name columns of a file, not of a pair"),
+        ({"text": "review"}, "data: text='review' names a column of a file, but this is none"),
         ({"reviews": 7}, "data is a int; a path or a pair (texts, labels) is needed"),
         ({"reviews": (["a"], [])}, "data: 1 texts, but 0 labels"),
         ({"reviews": ([], [])}, "data: there are no examples in it"),

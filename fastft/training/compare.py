@@ -9,12 +9,12 @@ import contextlib
 import functools
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastft.training import data as readable
-from fastft.training import files, preprocess
+from fastft.training import files, output, preprocess
 from fastft.training.options import DTYPES, SEED, Rule, numbers, whole
 
 if TYPE_CHECKING:
@@ -72,8 +72,8 @@ def compare(
         >>> print(fastft.compare("bert-base-uncased", "reviews.csv"))  # doctest: +SKIP
     """
     options = _checked(dict(locals()))
-    outputs = {name: Path(path) for name, path in (("json", json), ("html", html)) if path is not None}
-    _require_folders(outputs)
+    read = data if isinstance(data, (str, Path)) else None
+    json, html = (None if path is None else output.check(path, data=read) for path in (json, html))
     batch_size, steps, epochs, seed = (options[name] for name in ("batch_size", "steps", "epochs", "seed"))
     cleaning = None
     if data is not None:
@@ -108,11 +108,10 @@ def compare(
         rows=options["rows"] or job.rows,
         conditions=timing.conditions() | {"device": str(job.network.device)},
     )
-    if "json" in outputs:
-        files.write_json(outputs["json"], result.as_dict())
-    if "html" in outputs:
-        with files.replacing(outputs["html"]) as unfinished:
-            unfinished.write_text(page(result), encoding="utf-8")
+    for path, content in ((json, lambda: files.json_text(result.as_dict())), (html, lambda: page(result))):
+        if path is not None:
+            with output.writing(path) as unfinished:
+                unfinished.write_text(content(), encoding="utf-8")
     return result
 
 
@@ -134,21 +133,9 @@ def _checked(options: dict[str, Any]) -> dict[str, Any]:
     checked = options | numbers("compare", options, _RULES)
     if options["dtype"] not in DTYPES:
         raise ValueError(f"compare: dtype={options['dtype']!r} is none of {', '.join(DTYPES)}")
-    if options["data"] is None and (options["text"] or options["label"]):
-        columns = f"text={options['text']!r}, label={options['label']!r}"
-        raise ValueError(f"compare: {columns} name columns of a file, but data is None")
+    if options["data"] is None:
+        readable.refuse_columns("compare", options["text"], options["label"], "there is no data")
     return checked
-
-
-def _require_folders(outputs: Mapping[str, Path]) -> None:
-    """Raises OSError where a file could not be written: before minutes are spent."""
-    for name, path in outputs.items():
-        if path.is_dir():
-            raise IsADirectoryError(f"compare: {name}={str(path)!r} is a folder, not a file")
-        if not path.absolute().parent.is_dir():
-            raise FileNotFoundError(f"compare: {name}={str(path)!r} is in a folder that does not exist")
-        if not os.access(path.absolute().parent, os.W_OK):
-            raise PermissionError(f"compare: {name}={str(path)!r} is in a folder that cannot be written to")
 
 
 @contextlib.contextmanager

@@ -150,6 +150,13 @@ def require_known(examples: Examples, names: Iterable[str], owner: str) -> None:
             )
 
 
+def refuse_columns(source: str, text: str | None, label: str | None, why: str) -> None:
+    """Raises: ValueError: a column is named where there are none."""
+    for name, column in (("text", text), ("label", label)):
+        if column is not None:
+            raise ValueError(f"{source}: {name}={column!r} names a column of a file, but {why}")
+
+
 def split(examples: Examples, share: float, seed: int) -> tuple[Examples, Examples]:
     """Splits into (training, validation) with the same share of every label; the same seed gives the same split.
 
@@ -208,8 +215,7 @@ def _label_name(value: Any, source: str, unit: str, place: int | str) -> str:
 def _from_memory(
     data: Any, text: str | None, label: str | None, labels: bool, argument: str
 ) -> Iterator[tuple[int, Any, Any]]:
-    if text is not None or label is not None:
-        raise ValueError(f"{argument}: text={text!r}, label={label!r} name columns of a file, not of a pair")
+    refuse_columns(argument, text, label, "this is none")
     if not labels:
         if not isinstance(data, Iterable) or isinstance(data, (bytes, dict)):
             raise TypeError(f"{argument} is a {type(data).__name__}; a path or a sequence of texts is needed")
@@ -230,8 +236,7 @@ def _from_path(
 ) -> tuple[str, str, Iterator[tuple[int | str, Any, Any]]]:
     """(where texts and labels stand, what a place counts, the rows)."""
     if path.is_dir():
-        if text is not None or label is not None:
-            raise ValueError(f"{path}: text={text!r}, label={label!r} name columns of a file, but this is a folder")
+        refuse_columns(str(path), text, label, "this is a folder")
         if labels:
             return "one sub-folder per class, one text per file", "file", readers.folder(path, encoding)
         texts = readers.folder_texts(path, encoding)
