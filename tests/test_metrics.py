@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -72,6 +73,13 @@ def test_facts_are_folded_between_words_where_there_is_a_width():
         *("name        indented words", "          here", "          "),
         *("          http://long.example/" + "x" * 40, "          end-of-line words"),
     ]
+
+
+def test_names_that_the_font_has_not_are_drawn_without_a_warning(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plots.confusion_matrix(tmp_path / "a.png", ["北京", "\U0001f600 $x$"], [[3, 1], [0, 2]])
+    assert (tmp_path / "a.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize("classes", [2, 100])

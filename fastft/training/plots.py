@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def learning_curves(path: Path, runs: Mapping[str, FinetuneResult]) -> None:
         steps = np.arange(1, len(smooth) + 1) * len(epochs) / len(smooth)
         loss_axes.plot(steps, smooth, **style, alpha=0.6, label=name)
         loss_axes.plot(epochs, columns["validation_loss"], **style, marker="o")
-        accuracy_axes.plot(epochs, columns["accuracy"], **style, alpha=0.6, label=name)
+        accuracy_axes.plot(epochs, columns["accuracy"], **style, alpha=0.6, marker=".", label=name)
         accuracy_axes.plot(epochs, columns["validation_accuracy"], **style, marker="o")
     for axes, title in ((loss_axes, "loss"), (accuracy_axes, "accuracy")):
         axes.set(title=title, xlabel="epoch")
@@ -65,7 +66,9 @@ def confusion_matrix(path: Path, names: Sequence[str], counts: Sequence[Sequence
         for (row, column), count in np.ndenumerate(counts):
             color = "white" if shares[row, column] > 0.5 else "black" if count else "lightgrey"
             axes.text(column, row, str(count), ha="center", va="center", color=color, fontsize=size)
-    figure.savefig(path, dpi=120)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # a box stands for it in the picture
+        figure.savefig(path, dpi=120)
 
 
 def _plain(name: str) -> str:
