@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import subprocess
 import sys
 import tempfile
 import threading
@@ -10,8 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["fastft.cli.main", "fastft.training.finetune", "sklearn.metrics", "matplotlib.figure"])
+CONTEXT.set_forkserver_preload(
+    ["fastft.cli.main", "fastft.training.finetune_run", "sklearn.metrics", "matplotlib.figure"]
+)
 SECONDS = 120  # for a run of a tiny model on a busy machine
+
+
+# The command, and whether torch had to be imported before it could answer.
+AT_ONCE = (
+    "import sys\nfrom fastft.cli.main import app\n"
+    "try: app(prog_name='fastft')\n"
+    "finally: assert 'torch' not in sys.modules"
+)
 
 
 @dataclass
@@ -19,6 +30,14 @@ class Done:
     status: int  # as a shell has it, minus the signal's number if one ended it
     out: str
     err: str
+
+
+def at_once(*arguments, **how):
+    """``fastft`` with these arguments in a new Python, which must answer before it imports torch."""
+    environment = {**os.environ, "NO_COLOR": "1", "COLUMNS": "80"}
+    command = [sys.executable, "-c", AT_ONCE, *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, **how)
+    return Done(done.returncode, done.stdout, done.stderr)
 
 
 def fastft(*arguments, before=None, kill_after=None, terminal=False):

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 from typer.testing import CliRunner
 
 import fastft
@@ -22,7 +23,8 @@ def test_help_lists_the_commands_and_imports_no_torch():
     code = "import sys; from fastft.cli.main import app; app(standalone_mode=False); sys.exit('torch' in sys.modules)"
     done = run("--help", python=("-c", code))
     assert done.returncode == 0
-    assert " env " in done.stdout
+    assert " env " in done.stdout and "Example: fastft finetune " in done.stdout
+    assert run().stdout == run("--help").stdout, "no command at all is a question too"
     assert max(map(len, done.stdout.splitlines())) <= 80
 
 
@@ -32,8 +34,31 @@ def test_version():
 
 def test_an_unknown_command_is_one_sentence_and_status_2():
     done = run("finetun")
-    assert done.returncode == 2
-    assert "No such command 'finetun'" in done.stderr
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "fastft: No such command 'finetun'. Did you mean 'finetune'?; fastft --help tells more\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["finetune"], "Missing argument 'DATA'; fastft finetune --help tells more"),
+        (["finetune", "a.csv", "--model", "m"], "Missing option '--output'; fastft finetune --help tells more"),
+        (["predict", "m", "--tpo", "3"], "No such option: --tpo "),
+        (["predict", "m", "--top", "many"], "--top 'many': "),
+        (["evaluate", "m", "a.csv", "--batch-size=1.5"], "--batch-size '1.5': "),
+        (["evaluate", "m", "a.csv", "b.csv"], "Got unexpected extra argument"),
+        (["finetune", "a.csv", "--head", "mean", "--model", "m", "--output", "o"], "--head: 'mean' is not one of "),
+        (["bench", "--op", "linear"], "--op 'linear' is not one of attention, cross_entropy, "),
+        (["bench", "--rounds", "0"], "bench: --rounds 0; a whole number from 1 is needed"),
+        (["bench", "--shape", "7x7"], "--shape '7x7' is in the name of no shape that is measured"),
+        (["bench", "--device", "tpu"], "--device 'tpu' is not one of cpu"),
+    ],
+    ids=" ".join,
+)
+def test_what_is_typed_wrongly_is_one_sentence_with_the_value(arguments, message):
+    done = run(*arguments)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith(f"fastft: {message}") and done.stderr.count("\n") == 1
 
 
 def test_env_says_what_runs_or_why_not():
@@ -47,6 +72,14 @@ def test_env_says_what_runs_or_why_not():
     table = run("env").stdout
     assert facts["isa"] is None or facts["isa"] in table
     assert max(map(len, table.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("command", ["env", "bench"])
+def test_a_wrong_variable_of_the_environment_is_one_sentence(monkeypatch, command):
+    monkeypatch.setenv("FASTFT_ISA", "sse9")
+    done = run(command)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "fastft: FASTFT_ISA is 'sse9', must be one of baseline, avx2, avx512, avx512_bf16\n"
 
 
 def test_names_are_imported_when_first_used():
@@ -70,9 +103,6 @@ def test_bench_shows_each_shape_beside_pytorchs(monkeypatch):
     assert row["sample"] == "32x768->768 tanh" and row["path"] == "train" and row["fastft"]["median"] > 0
 
 
-def test_bench_explains_itself_and_names_a_wrong_value():
+def test_bench_explains_itself():
     shown = run("bench", "--help").stdout
     assert "fastft bench --tune" in shown and "fastft bench --op linear_act --shape 2048x768" in shown
-    done = run("bench", "--op", "linear")
-    assert done.returncode == 2 and "'linear' is not one of attention, cross_entropy" in done.stderr
-    assert run("bench", "--rounds", "0").returncode == 2

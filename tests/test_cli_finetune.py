@@ -17,19 +17,6 @@ import fastft
 from fastft.cli import _errors
 from fastft.cli.finetune import finetune as command
 
-# The command, and whether torch had to be imported before it could answer.
-PROGRAM = (
-    "import sys\nfrom fastft.cli.main import app\n"
-    "try: app(prog_name='fastft')\n"
-    "finally: assert 'torch' not in sys.modules"
-)
-
-
-def at_once(*arguments):
-    environment = {**os.environ, "NO_COLOR": "1", "COLUMNS": "80"}
-    command = [sys.executable, "-c", PROGRAM, *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
-
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
@@ -49,11 +36,11 @@ def finetune(job, output, *options, **how):
 
 
 def test_help_is_one_screen_wide_with_an_example():
-    done = at_once("finetune", "--help")
-    assert done.returncode == 0, done.stderr
-    assert max(map(len, done.stdout.splitlines())) <= 80
-    assert "Example: fastft finetune reviews.csv --model bert-base-uncased --output out" in done.stdout
-    assert not re.search(r"│ {30,}[^\s│]", done.stdout.replace("[required]", "")), "an option takes two lines"
+    done = processes.at_once("finetune", "--help")
+    assert done.status == 0, done.err
+    assert max(map(len, done.out.splitlines())) <= 80
+    assert "Example: fastft finetune reviews.csv --model bert-base-uncased --output out" in done.out
+    assert not re.search(r"│ {30,}[^\s│]", done.out.replace("[required]", "")), "an option takes two lines"
 
 
 def test_help_comes_within_half_a_second():
@@ -131,9 +118,9 @@ def test_quiet_prints_nothing(job, tmp_path):
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
 def test_options_out_of_range_are_told_at_once(tmp_path, options, message):
-    done = at_once("finetune", "data.csv", "--model", "m", "--output", tmp_path / "output", *options)
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith(f"fastft: finetune: {message}") and done.stderr.count("\n") == 1
+    done = processes.at_once("finetune", "data.csv", "--model", "m", "--output", tmp_path / "output", *options)
+    assert done.status == 2, done.err
+    assert done.err.startswith(f"fastft: finetune: {message}") and done.err.count("\n") == 1
     assert not (tmp_path / "output").exists()
 
 
@@ -142,16 +129,16 @@ def test_options_out_of_range_are_told_at_once(tmp_path, options, message):
     [("--epochs", "x"), ("--head", "mean"), ("--schedule", "step"), ("--dtype", "f"), ("--class-weights", "a")],
 )
 def test_options_of_the_wrong_kind_are_refused(tmp_path, options):
-    done = at_once("finetune", "data.csv", "--model", "m", "--output", tmp_path / "output", *options)
-    assert done.returncode == 2 and f"Invalid value for '{options[0]}'" in done.stderr
+    done = processes.at_once("finetune", "data.csv", "--model", "m", "--output", tmp_path / "output", *options)
+    assert done.status == 2 and done.err.startswith(f"fastft: {options[0]}") and repr(options[1]) in done.err
 
 
 def test_a_folder_that_is_not_empty_is_refused_at_once(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     for more in ((), ("--resume",)):
-        done = at_once("finetune", "data.csv", "--model", "m", "--output", tmp_path, *more)
-        assert done.returncode == 2 and done.stderr.startswith(f"fastft: --output '{tmp_path}' ")
-        assert "--overwrite" in done.stderr and done.stderr.count("\n") == 1
+        done = processes.at_once("finetune", "data.csv", "--model", "m", "--output", tmp_path, *more)
+        assert done.status == 2 and done.err.startswith(f"fastft: --output '{tmp_path}' ")
+        assert "--overwrite" in done.err and done.err.count("\n") == 1
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 

@@ -30,6 +30,7 @@ from fastft.functional._choice import use_backend
 from fastft.testing.timing import Spread
 from fastft.training import compare_job, compare_report, compare_run
 from fastft.training.data import load
+from fastft.training.preprocess import prepare
 
 REVIEWS = make_reviews(120, seed=0)
 SMALL = {"batch_size": 8, "max_length": 32, "steps": 3, "quiet": True}
@@ -85,7 +86,7 @@ def test_every_variant_has_a_loss_for_every_step(result):
 
 
 def test_warming_up_leaves_no_trace(model):
-    job = compare_job.load(model, load(REVIEWS), 8, 32, 0)
+    job = compare_job.load(model, prepare(load(REVIEWS)), 8, 32, 0)
     longest, *batches = job.batches(2, 0)
     recipe, variants = compare_run.Recipe(None, 0), compare_run.variants()[:1]
     timed = compare_run.timed(job.network, variants, longest, batches, recipe, lambda: None)
@@ -102,7 +103,7 @@ def test_phases_are_parts_of_the_step(result):
 
 
 def test_projection_is_steps_times_mean(result):
-    assert result.steps == 2 * 120 // 8
+    assert result.rows == len(set(REVIEWS[0])) and result.steps == 2 * -(-result.rows // 8)
     assert result.seconds("stock") == result.steps * result.times["stock"].mean
     assert result.cost("stock") == pytest.approx(result.seconds("stock") / 1000)
 
@@ -113,11 +114,25 @@ def test_padding_is_less_when_grouped(result):
 
 
 def test_batches_are_of_all_sizes_after_the_longest(model):
-    job = compare_job.load(model, load(REVIEWS), 8, 32, 0)
+    job = compare_job.load(model, prepare(load(REVIEWS)), 8, 32, 0)
     longest, *batches = (batch["input_ids"].shape[1] for batch in job.batches(5, 0))
     everything = sorted(max(job.lengths[row] for row in rows) for rows in job.grouped)
     assert longest == everything[-1]
     assert sorted(batches) == everything[1::3], "one from the middle of each fifth"
+
+
+def test_texts_are_cleaned_as_the_job_would(model, tmp_path):
+    texts, labels = REVIEWS
+    rows = [f"{text} <b>FINE</b> caf\xe9\t{label}" for text, label in zip(texts, labels, strict=True)]
+    path = tmp_path / "a.tsv"
+    path.write_text("\n".join(["text\tlabel", *rows, *rows[:7], "<br>\tpositive"]), encoding="latin-1")
+    options = {"encoding": "latin-1", "lower_case": True}
+    found = fastft.compare(model, path, **options, **{**SMALL, "steps": 2})
+    trained = fastft.finetune(path, model, tmp_path / "out", quiet=True, epochs=1, max_length=32, **options)
+    told = [line for line in trained.facts["cleaned"].splitlines() if not line.endswith(": 0")]
+    assert found.facts["cleaned"] == "; ".join(told) and "left out: 1;" in found.facts["cleaned"]
+    run = json.loads((tmp_path / "out" / "run.json").read_text())["data"]
+    assert found.rows == run["training"]["examples"] + run["validation"]["examples"] == len(set(rows))
 
 
 def test_memory_of_a_step_is_seen():
@@ -344,9 +359,10 @@ def test_html_shows_names_as_they_are(result):
         ({"dtype": "float16"}, "compare: dtype='float16' is none of auto, float32, bfloat16"),
         (
             {"data": None, "text": "review"},
-            "compare: text='review', label=None name columns of a file, but",
+            "compare: text='review' names a column of a file, but there is no data",
         ),
         ({"data": "nowhere.csv"}, "nowhere.csv does not exist"),
+        ({"data": (["a", "<br>"], [0, 1])}, "data, row 0 is the only example"),
         ({"data": (["a", "b"], [1, 1])}, "data: every label is '1', two different ones are needed"),
         ({"model": "/no/such/model"}, "model='/no/such/model' cannot be loaded: "),
         ({"model": torch.nn.Linear(2, 2)}, "compare: model is a Linear, a transformers classifier or the name of one"),
@@ -356,9 +372,9 @@ def test_html_shows_names_as_they_are(result):
         ({"model": build()}, "compare: the model names no checkpoint to take a tokenizer from"),
         (
             {"json": "/no/such/folder/a.json"},
-            "compare: json='/no/such/folder/a.json' is in a folder that does not exist",
+            "/no/such/folder/a.json cannot be written: there is no folder /no/such/folder",
         ),
-        ({"html": "/"}, "compare: html='/' is a folder, not a file"),
+        ({"html": "/"}, "/ is not a regular file, it cannot be written"),
     ],
     ids=lambda value: str(value)[:30] if isinstance(value, dict) else "",
 )
@@ -391,7 +407,7 @@ def test_command_prints_the_verdict_first_and_writes_files(model, tmp_path):
     assert done.exit_code == 0, done.output
     written = json.loads((tmp_path / "a.json").read_text())
     assert done.stdout.split()[:3] == written["verdict"]["sentences"][0].split()[:3]
-    assert "120 rows of" in written["facts"]["data"] and _Page((tmp_path / "a.html").read_text())
+    assert f"{len(set(texts))} rows of" in written["facts"]["data"] and _Page((tmp_path / "a.html").read_text())
     assert "\x1b" not in done.stdout and f"written: {tmp_path / 'a.html'}" in done.stdout
 
 
@@ -400,7 +416,7 @@ def test_command_prints_the_verdict_first_and_writes_files(model, tmp_path):
     [
         (("--steps", 1), "fastft: compare: --steps 1; a whole number from 2 is needed\n"),
         (("--data", "nowhere.csv"), "fastft: nowhere.csv does not exist\n"),
-        (("--json", "/no/such/folder/a.json"), "fastft: compare: --json '/no/such/folder/a.json' is in a folder that"),
+        (("--json", "/no/such/folder/a.json"), "fastft: /no/such/folder/a.json cannot be written: there is no folder"),
     ],
 )
 def test_command_refuses_with_one_sentence_and_status_2(model, arguments, message):

@@ -136,7 +136,7 @@ def test_what_is_no_pair_is_named_with_the_row(given, message):
 
 
 def test_columns_of_a_pair_are_refused():
-    with pytest.raises(ValueError, match="data: text='review', label=None name columns of a file, not of a pair"):
+    with pytest.raises(ValueError, match="data: text='review' names a column of a file, but this is none"):
         data.load((["a"], ["b"]), text="review")
 
 
@@ -287,7 +287,7 @@ def test_paths_that_are_no_data(tmp_path):
         data.load(tmp_path / "nowhere.csv")
     with pytest.raises(OSError, match="null is not a regular file"):
         data.load("/dev/null")
-    with pytest.raises(ValueError, match="name columns of a file, but this is a folder"):
+    with pytest.raises(ValueError, match="text='a' names a column of a file, but this is a folder"):
         data.load(tmp_path, text="a")
     path = write_table(tmp_path / "a.csv", [("text", "label"), ("a", "b")])
     with pytest.raises(ValueError, match=r"has no column 'stars', its columns are 'text', 'label': name the one"):
@@ -325,6 +325,12 @@ def test_labels_that_cannot_be_split(labels, message):
     with pytest.raises(ValueError) as caught:
         data.split(data.load((["a"] * len(labels), list(labels))), 0.1, seed=0)
     assert str(caught.value).startswith(message)
+
+
+def test_a_split_that_leaves_nothing_to_learn_a_label_from_is_refused():
+    everything = data.load(([str(row) for row in range(100)], ["a", "b"] * 49 + ["rare"] * 2))
+    with pytest.raises(ValueError, match=r"^validation_share=0.95 leaves no example of the label 'rare' to train on$"):
+        data.split(everything, 0.95, seed=0)
 
 
 def test_split_keeps_the_share_of_every_label():

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.cells import cell_len
 from sklearn.metrics import accuracy_score, f1_score
 from tiny import BAD, GOOD, OTHER, make_checkpoint, make_reviews
 from transformers import (
@@ -34,6 +35,7 @@ from fastft.functional._choice import use_backend
 from fastft.testing import error
 from fastft.training import files, preprocess, trained
 from fastft.training.classifier import TextClassifier
+from fastft.training.predict import Predictions
 
 CLASSES = 20
 
@@ -227,6 +229,14 @@ def test_predictions_print_as_lines_that_fit(foreign):
     found = fastft.predict(foreign, [*texts_of(30), "x" * 500], quiet=True)
     lines = str(found).splitlines()
     assert len(lines) == 21 and lines[-1] == "… and 11 more" and max(map(len, found.lines(60))) <= 60
+
+
+def test_a_line_holds_nothing_that_a_terminal_obeys_and_counts_wide_characters():
+    texts = ["\x1b[2Jgone \ud83d\u202e", "这家餐厅非常好吃" * 9, "\U0001f600" * 50]
+    found = Predictions(texts, [[("\x1b[31mred", 0.5), ("北京", 0.25)]] * 3)
+    lines = list(found.lines(40))
+    assert max(map(cell_len, lines)) <= 40 and not any(set(line) & set("\x1b\ud83d\u202e") for line in lines)
+    assert lines[0] == "[31mred 0.5000  北京    0.2500  [2Jgone"
 
 
 def test_evaluate_prints_one_screen_and_writes_json(ours, tmp_path):

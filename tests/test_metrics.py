@@ -2,14 +2,16 @@
 
 import itertools
 import json
+import warnings
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.cells import cell_len
 from sklearn.metrics import classification_report, confusion_matrix
 
-from fastft.training import metrics, plots
+from fastft.training import lines, metrics, plots
 
 
 @given(st.integers(2, 6), st.data())
@@ -47,6 +49,37 @@ def test_a_class_that_is_never_predicted_has_precision_0():
     assert scores["per_class"]["c"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 1}
     assert scores["confusion_matrix"] == [[1, 1, 0], [0, 1, 0], [0, 1, 0]] and scores["accuracy"] == 0.5
     assert json.loads(json.dumps(scores)) == scores, "plain numbers only"
+
+
+@pytest.mark.parametrize(
+    "name", ["{}", "class {}", "some long name of the class {}", "two\nlines {}", "{} 非常好吃的餐厅非常好吃", "😀{}"]
+)
+@pytest.mark.parametrize("classes", [2, 8, 30])
+def test_tables_fit_beside_the_names_of_the_facts(name, classes):
+    names, draw = [name.format(index) for index in range(classes)], np.random.default_rng(0)
+    scores = metrics.classification(names, *draw.integers(0, classes, (2, 20_000)))
+    found = lines.class_lines(scores)
+    assert max(map(cell_len, found)) <= 70 and not any("\n" in line for line in found)
+    if classes <= 8:
+        matrix = [list(map(int, line.split()[-classes:])) for line in found[-classes:]]
+        assert matrix == scores["confusion_matrix"]
+
+
+def test_facts_are_folded_between_words_where_there_is_a_width():
+    fact = "  indented words here\n\nhttp://long.example/" + "x" * 40 + " end-of-line words"
+    assert lines.fact_line("name", fact).count("\n") == 2
+    folded = lines.fact_line("name", fact, 30).split("\n")
+    assert folded == [
+        *("name        indented words", "          here", "          "),
+        *("          http://long.example/" + "x" * 40, "          end-of-line words"),
+    ]
+
+
+def test_names_that_the_font_has_not_are_drawn_without_a_warning(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plots.confusion_matrix(tmp_path / "a.png", ["北京", "\U0001f600 $x$"], [[3, 1], [0, 2]])
+    assert (tmp_path / "a.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize("classes", [2, 100])

@@ -16,7 +16,7 @@ from tiny import make_checkpoint, make_reviews
 from transformers import AutoModelForSequenceClassification
 
 import fastft
-from fastft.training import files, resume, run_folder
+from fastft.training import checkpoint, files, resume, run_folder
 
 REVIEWS = make_reviews(300, seed=0)
 STEPS = 17  # of each epoch
@@ -76,6 +76,27 @@ def signal_at_step(number, step):
         on_step_end(self, args, state, control, **kwargs)
 
     resume.Keeper.on_step_end = hit
+
+
+def signal_in_validation(number, epoch):
+    on_prediction_step = resume.Keeper.on_prediction_step
+
+    def hit(self, args, state, control, **kwargs):
+        if state.global_step == epoch * STEPS:
+            os.kill(os.getpid(), number)
+        on_prediction_step(self, args, state, control, **kwargs)
+
+    resume.Keeper.on_prediction_step = hit
+
+
+def signal_while_saving(number):
+    save = checkpoint.save_classifier
+
+    def hit(*arguments):
+        os.kill(os.getpid(), number)
+        save(*arguments)
+
+    checkpoint.save_classifier = hit
 
 
 def kill_while_writing(path, time):
@@ -170,6 +191,29 @@ def test_ctrl_c_in_the_first_epoch_leaves_no_model_but_can_be_resumed(job, undis
     output = tmp_path / "output"
     stopped = finetune(job, output, before=functools.partial(signal_at_step, signal.SIGINT, 5))
     assert stopped.status == 130 and "holds no model yet" in stopped.err
+    assert finetune(job, output, "--resume").status == 0
+    assert_same_run(output, undisturbed)
+
+
+@pytest.mark.parametrize(("epoch", "kept"), [(1, "no model yet"), (2, "the model of epoch 1")])
+def test_ctrl_c_in_a_validation_is_one_in_its_epoch(job, undisturbed, tmp_path, epoch, kept):
+    output = tmp_path / "output"
+    stopped = finetune(job, output, before=functools.partial(signal_in_validation, signal.SIGINT, epoch))
+    assert stopped.status == 130 and "Traceback" not in stopped.err
+    last = stopped.err.splitlines()[-1]
+    assert last.startswith(f"fastft: stopped in epoch {epoch}; '{output}' holds {kept}")
+    assert last.endswith("the same with --resume goes on")
+    if epoch > 1:
+        assert len(history(output)) == epoch - 1
+        AutoModelForSequenceClassification.from_pretrained(output)
+    assert finetune(job, output, "--resume").status == 0
+    assert_same_run(output, undisturbed)
+
+
+def test_ctrl_c_while_the_results_are_written(job, undisturbed, tmp_path):
+    output = tmp_path / "output"
+    stopped = finetune(job, output, before=functools.partial(signal_while_saving, signal.SIGINT))
+    assert (stopped.status, stopped.err) == (130, "fastft: interrupted; the same with --resume goes on\n")
     assert finetune(job, output, "--resume").status == 0
     assert_same_run(output, undisturbed)
 

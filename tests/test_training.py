@@ -253,7 +253,7 @@ def test_texts_are_cleaned_before_the_split_and_lower_cased_on_demand(model, tmp
         ({"patience": 0}, "finetune: patience=0; None or a whole number from 1 is needed"),
         ({"class_weights": "inverse"}, "finetune: class_weights='inverse' is none of None, balanced"),
         ({"dtype": "float16"}, "finetune: dtype='float16' is none of auto, float32, bfloat16"),
-        ({"text": "review"}, "data: text='review', label=None name columns of a file, not of a pair"),
+        ({"text": "review"}, "data: text='review' names a column of a file, but this is none"),
         ({"reviews": 7}, "data is a int; a path or a pair (texts, labels) is needed"),
         ({"reviews": (["a"], [])}, "data: 1 texts, but 0 labels"),
         ({"reviews": ([], [])}, "data: there are no examples in it"),
@@ -366,7 +366,18 @@ def test_long_texts_are_cut_and_counted(model):
     texts = ["good " * words for words in (1, length - 3, length - 2, length - 1, 5000)]
     encoded = tokens.encode(tokenizer, texts, [0, 1, 0, 1, 0], length)
     assert encoded.lengths() == [3, length - 1, length, length, length] and encoded.cut == 2
-    assert [row["labels"] for row in encoded.rows] == [0, 1, 0, 1, 0]
+    assert [encoded[row]["labels"] for row in range(5)] == [0, 1, 0, 1, 0]
+
+
+def test_tokens_are_those_of_the_tokenizer_in_one_go(model, monkeypatch):
+    monkeypatch.setattr(tokens, "CHUNK", 2)
+    tokenizer, texts = AutoTokenizer.from_pretrained(model), ["good", "a dull film", "", "fine and nice", "bad " * 90]
+    encoded, whole = tokens.encode(tokenizer, texts, range(5), 20), tokenizer(texts, truncation=True, max_length=20)
+    assert [encoded[row]["input_ids"] for row in range(5)] == whole["input_ids"] and encoded.cut == 1
+    batch = tokens.collator(tokenizer)([encoded[row] for row in (1, 3, 4)])
+    expected = tokenizer(texts[1:2] + texts[3:], truncation=True, max_length=20, padding=True, return_tensors="pt")
+    assert set(batch) == {*expected, "labels"} and batch["labels"].tolist() == [1, 3, 4]
+    assert all(torch.equal(batch[name], values) for name, values in expected.items())
 
 
 def test_batches_depend_on_seed_and_epoch_only():

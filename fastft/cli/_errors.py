@@ -1,9 +1,10 @@
 """What a command says when it cannot go on: one sentence on stderr and status 2; 130 after Ctrl-C."""
 
 import contextlib
+import itertools
 import re
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import typer
 
@@ -49,6 +50,20 @@ def sentence(error: Exception) -> str | None:
     if isinstance(error, (ValueError, TypeError, OSError, FloatingPointError)) or _of_a_reader(error):
         return first or type(error).__name__
     return None
+
+
+def wrong_usage(error: Exception, arguments: Sequence[str]) -> str | None:
+    """``error`` of typer about what was typed, in one sentence with the value; None if it is none of those."""
+    if not isinstance(error, typer.BadParameter.__mro__[1]):  # UsageError, which typer has no public name for
+        return None
+    said = " ".join(error.format_message().split()).removesuffix(".")
+    names = getattr(getattr(error, "param", None), "opts", ())
+    words = [word for argument in arguments for word in argument.split("=", 1)]
+    typed = [repr(value) for name, value in itertools.pairwise(words) if name in names]
+    value = f" {typed[-1]}" if typed and typed[-1] not in said else ""
+    said = re.sub(r"^Invalid value for '?([\w-]+)'?: (?:Value error, )?", rf"\1{value}: ", said)
+    path = error.ctx.command_path if getattr(error, "ctx", None) else "fastft"
+    return f"{said}; {path} --help tells more"
 
 
 def as_typed(message: str, options: Iterable[str]) -> str:

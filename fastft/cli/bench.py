@@ -4,57 +4,66 @@ from typing import Annotated
 
 import typer
 
+from fastft.cli._errors import reporting
+from fastft.cli._options import flag, option
+from fastft.training.options import numbers, whole
+
+DTYPES = ("float32", "bfloat16")
+
 
 def bench(
-    tune: bool = typer.Option(
-        False, "--tune", help="Measure which kernels are faster for which sizes, and let that choose from now on."
-    ),
-    op: Annotated[list[str], typer.Option(help="Only this op, linear_act or cross_entropy; repeatable.")] = (),
-    shape: str = typer.Option("", help="Only shapes whose name contains this, as 2048x or gelu."),
-    dtype: Annotated[list[str], typer.Option(help="float32 or bfloat16; both unless given.")] = (),
-    rounds: int = typer.Option(5, min=1, help="Times that each op is measured, in turns with PyTorch's."),
-    threads: int = typer.Option(0, min=0, help="torch's number of threads; its own default if 0."),
-    device: str = typer.Option("cpu", help="cpu or cuda."),
-    as_json: bool = typer.Option(False, "--json", help="One JSON object instead of a table."),
+    tune: Annotated[bool, flag("--tune", "Find the faster kernels, which run from then on")] = False,
+    op: Annotated[list[str], option("NAME", "Only this op, such as linear_act; repeatable")] = (),
+    shape: Annotated[str, option("PART", "Only shapes whose name has this, 2048x or gelu")] = "",
+    dtype: Annotated[list[str], option("DTYPE", "float32 or bfloat16; both unless given")] = (),
+    rounds: Annotated[int, option("N", "Times that each op is measured (5)")] = 5,
+    threads: Annotated[int, option("N", "Of torch; 0 is its own default (0)")] = 0,
+    device: Annotated[str, option("DEVICE", "cpu or cuda (cpu)")] = "cpu",
+    as_json: Annotated[bool, flag("--json", "One JSON object instead of a table")] = False,
+    debug: Annotated[bool, flag("--debug", "Show tracebacks of errors")] = False,
 ):
-    """Time forward and backward of every op beside PyTorch's, about a minute.
+    """Time forward and backward of every op beside PyTorch's, some minutes.
 
     Example: fastft bench --op linear_act --shape 2048x768
 
     Example: fastft bench --tune
     """
-    import json
+    with reporting(debug, ("rounds", "threads")):
+        numbers("bench", locals(), {"rounds": whole(1), "threads": whole(0)})
+        import json
 
-    import torch
+        import torch
 
-    from fastft import _library
-    from fastft.testing import all_specs
-    from fastft.testing.timing import Peaks, conditions
+        from fastft import _library
+        from fastft.testing import all_specs
+        from fastft.testing.timing import Peaks, conditions
 
-    names = [spec.name for spec in all_specs()]
-    _check(op, names, "--op")
-    _check(dtype, ["float32", "bfloat16"], "--dtype")
-    _check([device], ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"], "--device")
-    if threads:
-        torch.set_num_threads(threads)
-    if tune:
-        if (why_not := _library.why_not()) is not None:
-            typer.echo(f"There is nothing to choose from: {why_not}", err=True)
-            raise typer.Exit(1)
-        raise typer.Exit(_tune(device))
-    peaks = Peaks(device=device)
-    rows = _measure(op or names, shape, dtype or ["float32", "bfloat16"], rounds, device, peaks)
-    if as_json:
-        found = [{**row.as_dict(), "shares": row.shares(peaks)} for row in rows]
-        typer.echo(json.dumps({"conditions": conditions(), "peaks": peaks.as_dict(), "rows": found}, indent=1))
-    else:
-        _show(rows, peaks)
+        _check("--op", op, [spec.name for spec in all_specs()])
+        _check("--dtype", dtype, DTYPES)
+        _check("--device", [device], ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+        if threads:
+            torch.set_num_threads(threads)
+        if tune:
+            if (why_not := _library.why_not()) is not None:
+                typer.echo(f"There is nothing to choose from: {why_not}", err=True)
+                raise typer.Exit(1)
+            raise typer.Exit(_tune(device))
+        cases = _cases(op, shape, dtype or DTYPES)
+        if not cases:
+            raise ValueError(f"--shape {shape!r} is in the name of no shape that is measured")
+        peaks = Peaks(device=device)
+        rows = _measure(cases, rounds, device, peaks)
+        if as_json:
+            found = [{**row.as_dict(), "shares": row.shares(peaks)} for row in rows]
+            typer.echo(json.dumps({"conditions": conditions(), "peaks": peaks.as_dict(), "rows": found}, indent=1))
+        else:
+            _show(rows, peaks)
 
 
-def _check(values, allowed, option):
+def _check(option, values, allowed):
     for value in values:
         if value not in allowed:
-            raise typer.BadParameter(f"{value!r} is not one of {', '.join(allowed)}", param_hint=option)
+            raise ValueError(f"{option} {value!r} is not one of {', '.join(allowed)}")
 
 
 def _tune(device):
@@ -77,21 +86,26 @@ def _tune(device):
     return 0
 
 
-def _measure(names, shape, dtypes, rounds, device, peaks):
-    """Rows of the benchmark: forward and backward of every shape that is timed."""
+def _cases(ops, shape, dtypes):
+    """Every shape that is timed as (spec, index of the sample, dtype)."""
     import torch
 
     from fastft.testing import Timed, all_specs
-    from fastft.testing.measure import measure
 
-    cases = [
+    return [
         (spec, index, getattr(torch, dtype))
         for spec in all_specs()
-        if spec.name in names
+        if not ops or spec.name in ops
         for dtype in dtypes
         for index, sample in enumerate(spec.outline())
         if isinstance(sample, Timed) and shape in sample.why
     ]
+
+
+def _measure(cases, rounds, device, peaks):
+    """Rows of the benchmark: forward and backward of every case."""
+    from fastft.testing.measure import measure
+
     rows = (measure(*case, device=device, rounds=rounds, peaks=peaks) for case in cases)
     rows = list(_progress(rows, len(cases), "measuring"))
     peaks.finish()

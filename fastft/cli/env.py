@@ -1,25 +1,31 @@
 """``fastft env``: what runs here, and why not what does not."""
 
+from typing import Annotated
+
 import typer
 
+from fastft.cli._errors import reporting
+from fastft.cli._options import flag
 
-def env(as_json: bool = typer.Option(False, "--json", help="One JSON object instead of a table.")):
+
+def env(as_json: Annotated[bool, flag("--json", "One JSON object instead of a table")] = False):
     """Print versions, CPU, threads, instruction sets, CUDA, and whether the native kernels are loaded.
 
     Example: fastft env --json
     """
-    import json
+    with reporting():
+        from fastft.environment import describe
+        from fastft.functional import _tuning
 
+        facts = {**describe(), "tuning_file": str(_tuning.path())}
+    if as_json:
+        import json
+
+        typer.echo(json.dumps(facts, indent=1))
+        return
     from rich.console import Console
     from rich.table import Table
 
-    from fastft.environment import describe
-    from fastft.functional import _tuning
-
-    facts = {**describe(), "tuning_file": str(_tuning.path())}
-    if as_json:
-        typer.echo(json.dumps(facts, indent=1))
-        return
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, value in rows(facts):
         table.add_row(name, value)

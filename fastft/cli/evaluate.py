@@ -34,15 +34,13 @@ def evaluate(
     """
     given = _options.given(locals(), "json")
     with reporting(debug, given):
-        import json as json_format
-
-        from fastft.training import output
+        from fastft.training import files, output
 
         to = None if json in (None, "-") else output.check(json, data=data)
         import fastft
 
         result = fastft.evaluate(**given)
-        scores = json_format.dumps(result.as_dict(), indent=2, ensure_ascii=False) + "\n"
+        scores = files.json_text(result.as_dict())
         if json == "-":
             typer.echo(scores, nl=False)
             return

@@ -56,7 +56,7 @@ def load_classifier(
         head: "pooler", the model's own sequence classifier, or "cls", :class:`fastft.TextClassifier`.
         dropout: every dropout probability of the model, or None for the checkpoint's.
     Returns: (tokenizer, model, names of the parameters that start at random).
-    Raises: ValueError: nothing to load there, or weights of the encoder itself are missing in it.
+    Raises: ValueError: nothing to load there, weights of the encoder itself are missing in it, or the tokenizer is.
     """
     place = {"trust_remote_code": False}  # never on by default, and never asked for on the terminal
     with loading(name):
@@ -81,7 +81,18 @@ def load_classifier(
             f"model={str(name)!r} lacks {len(lost)} weights of the encoder that its configuration asks for, "
             f"the first is {lost[0]}"
         )
+    check_tokenizer(f"model={str(name)!r}", tokenizer, model)
     return tokenizer, model, fresh
+
+
+def check_tokenizer(place: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """Raises: ValueError: it is none that ``model`` was trained with, though transformers takes it."""
+    special = set(tokenizer.all_special_tokens)
+    if len(tokenizer) <= len(special):  # what transformers makes up where there is no file
+        raise ValueError(f"{place} holds no tokenizer: there are no tokens but {', '.join(sorted(special))}")
+    known, rows = max(tokenizer.get_vocab().values()) + 1, model.get_input_embeddings().num_embeddings
+    if known > rows:
+        raise ValueError(f"{place} has a tokenizer of another model: it knows {known:,} tokens, the model {rows:,}")
 
 
 @contextlib.contextmanager

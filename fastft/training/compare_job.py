@@ -60,22 +60,22 @@ class Job:
 
 def load(
     model: str | os.PathLike | PreTrainedModel,
-    examples: data.Examples | None,
+    cleaning: preprocess.Prepared | None,
     batch_size: int,
     max_length: int,
     seed: int,
 ) -> Job:
-    """A job from :func:`fastft.compare`'s arguments; ``examples`` None makes up rows of random tokens.
+    """A job from :func:`fastft.compare`'s arguments; ``cleaning`` None makes up rows of random tokens.
 
     Raises: ValueError, TypeError, OSError: one sentence that names the argument and the value.
     """
     names = None
-    if examples is not None:
-        data.check_classes(examples)
+    if cleaning is not None:
+        examples = cleaning.examples
         names = data.label_names(examples.labels)
     network, tokenizer, facts = _classifier(model, names)
     network.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    if examples is None:
+    if cleaning is None:
         lengths, collate = _made_up(network, batch_size * MEGABATCH, max_length)
         rows = ROWS
         facts["data"] = (
@@ -84,6 +84,7 @@ def load(
         )
     else:
         lengths, collate, facts["data"] = _tokenised(network, tokenizer, examples, names, max_length, seed)
+        facts["cleaned"] = "; ".join(preprocess.said(cleaning.counts, all=False)) or "nothing to clean was found"
         rows = len(examples)
     order = list(tokens.LengthGroupedSampler(lengths, batch_size, seed))
     mixed = random.Random(seed).sample(order, len(order))
@@ -159,28 +160,24 @@ def _tokenised(
     sample = sorted(random.Random(seed).sample(range(len(examples)), min(TEXTS, len(examples))))
     taken, indices = examples.take(sample), {name: index for index, name in enumerate(names)}
     length = tokens.longest_row(tokenizer, network.config, max_length)
-    texts = [preprocess.clean(text) for text in taken.texts]
-    encoded = tokens.encode(tokenizer, texts, [indices[name] for name in taken.labels], length)
+    encoded = tokens.encode(tokenizer, taken.texts, [indices[name] for name in taken.labels], length)
     pad = tokens.collator(tokenizer)
     of = f", of which {len(taken):,} were measured" if len(taken) < len(examples) else ""
     where = f" ({examples.columns})" if examples.columns else ""
     fact = (
         f"{len(examples):,} rows of {examples.source}{where}, {len(names)} classes{of}; "
-        f"{np.mean(encoded.lengths()):.1f} tokens a text, {encoded.cut} texts cut to {length}"
+        f"{np.mean(encoded.lengths()):.1f} tokens a text, {encoded.cut:,} texts cut to {length}"
     )
-    return encoded.lengths(), lambda rows: dict(pad([encoded.rows[row] for row in rows])), fact
+    return encoded.lengths(), lambda rows: dict(pad([encoded[row] for row in rows])), fact
 
 
 def _made_up(network: PreTrainedModel, count: int, max_length: int) -> tuple[list[int], Collate]:
     """(lengths, collate) of ``count`` rows of random tokens."""
-    config, embedding = network.config, network.get_input_embeddings()
+    embedding, longest = network.get_input_embeddings(), tokens.longest_input(network.config, max_length)
     pad = embedding.padding_idx or 0
-    parts = [config, *(getattr(config, name) for name in config.sub_configs)]
-    positions = min(getattr(part, "max_position_embeddings", max_length) for part in parts)
-    longest = min(max_length, positions - pad - 1 if pad else positions)  # RoBERTa counts positions from pad + 1
     lengths = np.random.lognormal(math.log(MEDIAN_LENGTH), SIGMA, count).round().clip(3, longest).astype(int).tolist()
     ids = [torch.randint(pad + 1, embedding.num_embeddings, (length,)) for length in lengths]  # no padding inside
-    targets = torch.randint(config.num_labels, (count,))
+    targets = torch.randint(network.config.num_labels, (count,))
 
     def collate(rows: Sequence[int]) -> dict[str, torch.Tensor]:
         padded = torch.nn.utils.rnn.pad_sequence([ids[row] for row in rows], batch_first=True, padding_value=pad)

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import ctypes
 import functools
 import gc
 import importlib
 import importlib.util
+import random
 import statistics
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import transformers
 
 import fastft
 from fastft.testing import error, timing
@@ -24,6 +28,7 @@ from fastft.testing.spec import KernelCalls
 LEARNING_RATE, WEIGHT_DECAY, CLIP = 5e-5, 0.01, 1.0  # what finetune takes when it is not told
 STOCK, FASTFT, OWN_OPTIMIZER = "stock", "fastft", "fastft + fastft.optim"
 REVERSED = "stock, rows reversed"
+AUTOCAST = {"auto": None, "float32": None, "bfloat16": torch.bfloat16}
 PHASES = ("forward", "backward", "clip", "optimizer")
 
 Batch = Mapping[str, torch.Tensor]
@@ -122,6 +127,19 @@ class Training:
                 value.zero_()
         self._losses.clear()
         self._laps.clear()
+
+
+@contextlib.contextmanager
+def own_random_state(seed: int) -> Iterator[None]:
+    """Random numbers from ``seed`` on; afterwards the caller's are as they were."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        transformers.set_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
 
 
 # ---- numbers
@@ -360,6 +378,19 @@ def free_memory(device: torch.device) -> int | None:
     if limit.exists() and (text := limit.read_text().strip()) != "max":  # a container's
         free.append(max(0, int(text) - int(used.read_text())))
     return min(free)
+
+
+def require_memory(network: transformers.PreTrainedModel, variants: int) -> None:
+    """Raises MemoryError where weights, gradients and optimizer states alone do not fit."""
+    size = sum(parameter.numel() for parameter in network.parameters())
+    training = 4 + 12 * variants + 4  # ours; weights and two moments for each; the gradients of the one that steps
+    judging = 4 + 8 + 8 + 2 * 4  # ours; float64 weights and gradients; gradients of stock and fastft
+    needed, free = size * max(training, judging), free_memory(network.device)
+    if free is not None and needed > free:
+        raise MemoryError(
+            f"compare: the model has {size:,} parameters, training it {variants} times side by side takes "
+            f"{needed / 1e9:.1f} GB and more, {free / 1e9:.1f} GB are free on {network.device}"
+        )
 
 
 def _status(name: str) -> int:

@@ -91,6 +91,8 @@ def load(
     Raises: ValueError, TypeError, OSError: one sentence with the place and the value.
     """
     if isinstance(data, (str, Path)):
+        if not str(data):
+            raise ValueError(f"{argument} is {data!r}, which names no file or folder")
         path = Path(data)
         source = str(path)
         where, unit, rows = _from_path(path, text, label, labels, encoding)
@@ -148,11 +150,18 @@ def require_known(examples: Examples, names: Iterable[str], owner: str) -> None:
             )
 
 
+def refuse_columns(source: str, text: str | None, label: str | None, why: str) -> None:
+    """Raises: ValueError: a column is named where there are none."""
+    for name, column in (("text", text), ("label", label)):
+        if column is not None:
+            raise ValueError(f"{source}: {name}={column!r} names a column of a file, but {why}")
+
+
 def split(examples: Examples, share: float, seed: int) -> tuple[Examples, Examples]:
     """Splits into (training, validation) with the same share of every label; the same seed gives the same split.
 
     Raises: ValueError: as :func:`check_classes`; a label has one example only; ``share`` leaves either part fewer rows
-        than labels.
+        than labels, or training none of one label.
     """
     check_classes(examples)
     counts = examples.counts()
@@ -173,6 +182,10 @@ def split(examples: Examples, share: float, seed: int) -> tuple[Examples, Exampl
     train, validation = train_test_split(
         range(len(examples)), test_size=rows, stratify=examples.labels, random_state=seed
     )
+    left = {examples.labels[row] for row in train}
+    for name in counts:
+        if name not in left:
+            raise ValueError(f"validation_share={share} leaves no example of the label {shown(name)} to train on")
     return examples.take(train), examples.take(validation)
 
 
@@ -202,8 +215,7 @@ def _label_name(value: Any, source: str, unit: str, place: int | str) -> str:
 def _from_memory(
     data: Any, text: str | None, label: str | None, labels: bool, argument: str
 ) -> Iterator[tuple[int, Any, Any]]:
-    if text is not None or label is not None:
-        raise ValueError(f"{argument}: text={text!r}, label={label!r} name columns of a file, not of a pair")
+    refuse_columns(argument, text, label, "this is none")
     if not labels:
         if not isinstance(data, Iterable) or isinstance(data, (bytes, dict)):
             raise TypeError(f"{argument} is a {type(data).__name__}; a path or a sequence of texts is needed")
@@ -224,8 +236,7 @@ def _from_path(
 ) -> tuple[str, str, Iterator[tuple[int | str, Any, Any]]]:
     """(where texts and labels stand, what a place counts, the rows)."""
     if path.is_dir():
-        if text is not None or label is not None:
-            raise ValueError(f"{path}: text={text!r}, label={label!r} name columns of a file, but this is a folder")
+        refuse_columns(str(path), text, label, "this is a folder")
         if labels:
             return "one sub-folder per class, one text per file", "file", readers.folder(path, encoding)
         texts = readers.folder_texts(path, encoding)

@@ -11,6 +11,7 @@ import numpy as np
 
 from fastft.training import data as readable
 from fastft.training import metrics, preprocess, trained
+from fastft.training.lines import class_lines, fact_line
 from fastft.training.options import numbers, whole
 
 
@@ -31,8 +32,6 @@ class Evaluation:
     facts: dict[str, str]
 
     def __str__(self) -> str:
-        from fastft.training.result import class_lines, fact_line
-
         scores = "  ".join(f"{key} {self.metrics[key]:.4f}" for key in ("accuracy", *metrics.SCORES))
         told = {**self.facts, "loss": f"{self.metrics['loss']:.4f}", "scores": f"{scores} (macro)"}
         return "\n".join([*(fact_line(*fact) for fact in told.items()), "", *class_lines(self.metrics)])
@@ -86,14 +85,13 @@ def evaluate(
             wanted = torch.from_numpy(targets[rows])
             loss += torch.nn.functional.cross_entropy(logits.double(), wanted, reduction="sum").item()
     seconds = time.perf_counter() - started
-    changed = "\n".join(preprocess.said({name: count for name, count in cleaned.items() if count}))
     facts = {
         "model": f"{type(classifier.model).__name__} from {folder}",
         "kernels": classifier.kernels(),
         "data": f"{len(texts):,} examples from {examples.source}",
         "columns": examples.columns,
         "labels": "taken as indices of the model's classes" if by_index else "",
-        "cleaning": changed,
+        "cleaned": "\n".join(preprocess.said(cleaned, all=False)),
         "tokens": f"{classifier.cut:,} texts cut to {classifier.length}",
         "time": f"{seconds:.1f} s, {len(texts) / seconds:,.0f} texts/s",
     }

@@ -38,8 +38,12 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def json_text(content: Any) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
 def write_json(path: Path, content: Any) -> None:
-    _write(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    _write(path, json_text(content))
 
 
 def write_json_lines(path: Path, records: Sequence[Any]) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from fastft.training.lines import short
 from fastft.training.result import FinetuneResult
-
-LONGEST_NAME = 24  # characters of a class's name beside a confusion matrix
 
 
 def learning_curves(path: Path, runs: Mapping[str, FinetuneResult]) -> None:
@@ -29,7 +29,7 @@ def learning_curves(path: Path, runs: Mapping[str, FinetuneResult]) -> None:
         steps = np.arange(1, len(smooth) + 1) * len(epochs) / len(smooth)
         loss_axes.plot(steps, smooth, **style, alpha=0.6, label=name)
         loss_axes.plot(epochs, columns["validation_loss"], **style, marker="o")
-        accuracy_axes.plot(epochs, columns["accuracy"], **style, alpha=0.6, label=name)
+        accuracy_axes.plot(epochs, columns["accuracy"], **style, alpha=0.6, marker=".", label=name)
         accuracy_axes.plot(epochs, columns["validation_accuracy"], **style, marker="o")
     for axes, title in ((loss_axes, "loss"), (accuracy_axes, "accuracy")):
         axes.set(title=title, xlabel="epoch")
@@ -57,7 +57,7 @@ def confusion_matrix(path: Path, names: Sequence[str], counts: Sequence[Sequence
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(image, fraction=0.04, label="share of the true class")
     axes.set(xlabel="predicted", ylabel="true", title=f"{np.trace(counts):,} of {counts.sum():,} right")
-    shown = [_plain(name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…") for name in names]
+    shown = [_plain(short(name)) for name in names]
     axes.set_xticks(range(classes), shown, rotation=90, fontsize=points)
     axes.set_yticks(range(classes), shown, fontsize=points)
     if classes <= 30:
@@ -66,7 +66,9 @@ def confusion_matrix(path: Path, names: Sequence[str], counts: Sequence[Sequence
         for (row, column), count in np.ndenumerate(counts):
             color = "white" if shares[row, column] > 0.5 else "black" if count else "lightgrey"
             axes.text(column, row, str(count), ha="center", va="center", color=color, fontsize=size)
-    figure.savefig(path, dpi=120)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # a box stands for it in the picture
+        figure.savefig(path, dpi=120)
 
 
 def _plain(name: str) -> str:

@@ -9,13 +9,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rich.cells import cell_len
+
 from fastft.training import data as readable
 from fastft.training import output, trained
+from fastft.training.lines import left, short, width_of
 from fastft.training.options import numbers, whole
 
 SUFFIXES = (".csv", ".jsonl")
 SHOWN = 20  # texts, when it is printed
-LONGEST_NAME = 24  # characters of a class's name in a line
 
 
 @dataclass(frozen=True, repr=False)
@@ -54,12 +56,10 @@ class Predictions:
 
     def lines(self, width: int = 80) -> Iterator[str]:
         """A line for each text: labels, scores, and as much of the text as there is room for."""
-        longest = max((len(label) for found in self.top for label, _ in found), default=0)
+        longest = width_of([label for found in self.top for label, _ in found])
         for text, found in zip(self.texts, self.top, strict=True):
-            names = "  ".join(
-                f"{_short(label, LONGEST_NAME):{min(longest, LONGEST_NAME)}} {score:.4f}" for label, score in found
-            )
-            yield f"{names}  {_short(' '.join(text.split()), max(width - len(names) - 2, 8))}"
+            names = "  ".join(f"{left(label, longest)} {score:.4f}" for label, score in found)
+            yield f"{names}  {short(text, max(width - cell_len(names) - 2, 8))}"
 
     def __str__(self) -> str:
         shown = Predictions(self.texts[:SHOWN], self.top[:SHOWN])
@@ -131,7 +131,3 @@ def predict(
             for row, scores, classes in zip(rows, best.values.tolist(), best.indices.tolist(), strict=True):
                 found[row] = [(known.names[index], score) for index, score in zip(classes, scores, strict=True)]
     return Predictions(given, found)
-
-
-def _short(text: str, length: int) -> str:
-    return text if len(text) <= length else f"{text[: length - 1]}…"

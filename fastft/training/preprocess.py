@@ -81,7 +81,7 @@ def _shorten_urls(text: str) -> str:
     return _URL.sub(r"\1", text)
 
 
-def _strip_control(text: str) -> str:
+def strip_control(text: str) -> str:
     return _CONTROL.sub("", text)
 
 
@@ -94,7 +94,7 @@ def _join_spaces(text: str) -> str:
 
 
 STEPS: dict[str, Callable[[str], str]] = {
-    "control_characters": _strip_control,
+    "control_characters": strip_control,
     "unicode": _compose,
     "html": _strip_html,
     "urls": _shorten_urls,
@@ -163,9 +163,9 @@ class Prepared:
         return [*said(self.counts), *(f"  {conflict}" for conflict in self.conflicts)]
 
 
-def said(counts: dict[str, int]) -> list[str]:
-    """A line for every step: what was found, and in how many texts."""
-    return [f"{_SAID[name]}: {count:,}" for name, count in counts.items()]
+def said(counts: dict[str, int], all: bool = True) -> list[str]:
+    """A line for every step, or for those that found something: what it was, and in how many texts."""
+    return [f"{_SAID[name]}: {count:,}" for name, count in counts.items() if all or count]
 
 
 def prepare(examples: Examples, *, lower_case: bool = False, deduplicate: bool = True) -> Prepared:

@@ -71,6 +71,7 @@ class EpochProgress(TrainerCallback):
         self._bar: Progress | None = None
         self._indent = 0
         self._started = self._refreshed = 0.0
+        self._trained: dict[str, float] = {}  # the record of an epoch whose validation is to come
         self._resumed: dict[str, Any] | None = None
 
     def __enter__(self) -> EpochProgress:
@@ -111,16 +112,7 @@ class EpochProgress(TrainerCallback):
             self.meter.reset()
         else:
             self.meter.restore(resumed)
-        terminal = self.console.is_terminal and not self.console.is_dumb_terminal
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=BAR_WIDTH),
-            MofNCompleteColumn(),
-            _TimeColumn(),
-            TextColumn("{task.fields[scores]}"),
-            console=self.console,
-            disable=not (terminal or self.console.is_jupyter),
-        )
+        self._bar = self._new_bar(TextColumn("{task.fields[scores]}"))
         title, steps = f"Epoch {len(self.history) + 1}/{self.epochs}", math.ceil(state.max_steps / self.epochs)
         self._bar.add_task(title, total=steps, completed=len(self.meter.losses), scores="")
         width = BAR_WIDTH + 1 if not self._bar.disable else 0
@@ -145,18 +137,40 @@ class EpochProgress(TrainerCallback):
             steps = f"{len(self.meter.losses)}/{len(self.meter.losses)}"
             self._print(f"{task.description} {steps} {_clock(seconds):>5} {_scores(loss, accuracy)}")
         self._close()
-        self.step_losses += self.meter.losses
         record = {"epoch": len(self.history) + 1, "loss": loss, "accuracy": accuracy, "seconds": seconds}
-        self.history.append(record | {"learning_rate": kwargs["lr_scheduler"].get_last_lr()[0]})
+        self._trained = record | {"learning_rate": kwargs["lr_scheduler"].get_last_lr()[0]}
+
+    def on_prediction_step(self, args, state, control, eval_dataloader, **kwargs):
+        if self._bar is None:
+            self._bar = self._new_bar(transient=True)
+            self._bar.add_task("validation", total=len(eval_dataloader))
+            self._bar.start()
+        self._bar.advance(self._bar.tasks[0].id)
 
     def on_evaluate(self, args, state, control, metrics, **kwargs):
-        record = self.history[-1]
+        self._close()
+        record = self._trained
         record["validation_loss"] = metrics["eval_loss"]
         record["validation_accuracy"] = metrics["eval_accuracy"]
         record["validation_seconds"] = metrics["eval_runtime"]
+        self.history.append(record)  # not before: an epoch whose validation is broken off is none
+        self.step_losses += self.meter.losses
         scores = _scores(record["validation_loss"], record["validation_accuracy"])
         self._print(f"{'validation':>{self._indent}} {_clock(record['validation_seconds']):>5} {scores}")
         self.on_epoch(self.history)
+
+    def _new_bar(self, *columns: ProgressColumn, transient: bool = False) -> Progress:
+        terminal = self.console.is_terminal and not self.console.is_dumb_terminal
+        return Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=BAR_WIDTH),
+            MofNCompleteColumn(),
+            _TimeColumn(),
+            *columns,
+            console=self.console,
+            transient=transient,
+            disable=not (terminal or self.console.is_jupyter),
+        )
 
     def _print(self, line: str) -> None:
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -22,6 +22,8 @@ SHOWN = 60  # characters of a value in a message
 
 def check_file(path: Path) -> None:
     """Raises: OSError: there is no such file. ValueError: its name does not end as one of :data:`SUFFIXES`."""
+    if path.is_symlink() and not path.exists():
+        raise FileNotFoundError(f"{path} is a link that leads to no file")
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
     if not path.is_file():

@@ -14,11 +14,9 @@ from transformers import PreTrainedModel
 
 from fastft import environment
 from fastft.training.data import Examples
+from fastft.training.lines import SHOWN_LABELS, class_lines, fact_line, short
 from fastft.training.preprocess import Prepared
 from fastft.training.tokens import LengthGroupedSampler, Tokens, batches, padding_share
-
-SHOWN_LABELS = 8  # a line of facts names no more, a confusion matrix is printed for no more
-SHOWN_CLASSES = 20  # a table of scores has no more
 
 
 @dataclass(frozen=True, repr=False)
@@ -66,44 +64,8 @@ class FinetuneResult:
             fact_line("scores", f"{scores} (macro, of epoch {self.epoch})"),
             *("" if line == "" else f"{'':10}{line}" for line in ["", *class_lines(self.metrics), ""]),
         ]
-        if "l1" in self.facts:
-            lines.append(fact_line("l1", self.facts["l1"]))
-        return [*lines, fact_line("time", times), fact_line("saved in", str(self.output))]
-
-
-def fact_line(name: str, fact: str) -> str:
-    return f"{name:<10}" + fact.replace("\n", f"\n{'':10}")
-
-
-def class_lines(metrics: dict[str, Any]) -> list[str]:
-    """Precision, recall and F1 of each class and their means, then for a few classes the confusion matrix."""
-    keys, names = ("precision", "recall", "f1"), list(metrics["per_class"])
-    shown = names[:SHOWN_CLASSES]
-    width = max(map(len, [*map(_short, shown), "weighted"]))
-    lines = [f"{'':{width}}" + "".join(f"{key:>11}" for key in keys) + f"{'examples':>11}"]
-    for name in shown:
-        scores = metrics["per_class"][name]
-        lines.append(
-            f"{_short(name):{width}}" + "".join(f"{scores[key]:11.4f}" for key in keys) + f"{scores['support']:11}"
-        )
-    if len(names) > len(shown):
-        lines.append(f"… and {len(names) - len(shown)} more classes in metrics.json")
-    for name, scores in (("macro", metrics), ("weighted", metrics["weighted"])):
-        lines.append(f"{name:{width}}" + "".join(f"{scores[key]:11.4f}" for key in keys))
-    if len(names) > SHOWN_LABELS:
-        return lines
-    columns = [max(len(_short(name)), 6) + 2 for name in names]
-    lines += ["", f"{'':{width}}  predicted as"]
-    lines.append(
-        f"{'':{width}}" + "".join(f"{_short(name):>{size}}" for name, size in zip(names, columns, strict=True))
-    )
-    for name, row in zip(names, metrics["confusion_matrix"], strict=True):
-        lines.append(f"{_short(name):{width}}" + "".join(f"{n:{size}}" for n, size in zip(row, columns, strict=True)))
-    return lines
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= 24 else name[:23] + "…"
+        later = [fact_line(name, self.facts[name]) for name in ("stopped", "l1") if name in self.facts]
+        return [*lines, *later, fact_line("time", times), fact_line("saved in", str(self.output))]
 
 
 def facts(
@@ -139,9 +101,9 @@ def facts(
         "kernels": _kernels_line(kernels),
         **({"columns": columns} if columns else {}),
         "cleaned": "\n".join(cleaning.lines()),
-        "data": f"{len(parts[0])} examples to train on, {len(parts[1])} to validate",
+        "data": f"{len(parts[0]):,} examples to train on, {len(parts[1]):,} to validate",
         "labels": _labels_line(parts[0].counts()),
-        "tokens": f"{np.mean(lengths):.1f} a text, {sum(part.cut for part in encoded)} texts cut to {length}",
+        "tokens": f"{np.mean(lengths):.1f} a text, {sum(part.cut for part in encoded):,} texts cut to {length}",
         "batches": f"{options['batch_size']} texts of similar length, "
         f"{_padding(encoded[0].lengths(), options['batch_size'], options['seed']):.1%} of the tokens are padding",
     }
@@ -162,7 +124,7 @@ def _kernels_line(kernels: dict[str, Any] | None) -> str:
 
 
 def _labels_line(counts: dict[str, int]) -> str:
-    shown = [f"{name} ({count})" for name, count in list(counts.items())[:SHOWN_LABELS]]
+    shown = [f"{short(name)} ({count:,})" for name, count in list(counts.items())[:SHOWN_LABELS]]
     more = [f"{len(counts) - len(shown)} more"] if len(counts) > len(shown) else []
     return ", ".join(shown + more)
 

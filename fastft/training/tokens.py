@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,16 +11,33 @@ import torch
 from transformers import DataCollatorWithPadding, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+CHUNK = 1000  # texts that the tokenizer is given at a time: its own objects take 100 bytes a token
+
 
 @dataclass(frozen=True)
 class Tokens:
-    """Rows ready for the collator (``input_ids``, ``attention_mask``, …, ``labels``) and how many texts were cut."""
+    """Texts as tokens, four bytes each: Python's own lists take ten times that, and large data would not fit.
 
-    rows: list[dict[str, Any]]
+    A row, ``tokens[i]``, is what the collator takes: ``input_ids``, …, ``labels``.
+
+    Attributes:
+        columns: of each text ``input_ids``, and what else the model wants but the mask, which the collator makes.
+        labels: of each text.
+        cut: how many texts were.
+    """
+
+    columns: dict[str, list[array]]
+    labels: list[int]
     cut: int
 
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        return {name: rows[row].tolist() for name, rows in self.columns.items()} | {"labels": self.labels[row]}
+
     def lengths(self) -> list[int]:
-        return [len(row["input_ids"]) for row in self.rows]
+        return [len(ids) for ids in self.columns["input_ids"]]
 
 
 # model_type of those that number positions from the padding token's index on: of 514 positions 512 are left.
@@ -31,8 +49,13 @@ _POSITIONS_AFTER_PADDING = (
 
 def longest_row(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, max_length: int) -> int:
     """``max_length``, or what tokenizer and model can take where that is less."""
+    return min(tokenizer.model_max_length, longest_input(config, max_length))
+
+
+def longest_input(config: PreTrainedConfig, max_length: int) -> int:
+    """``max_length``, or what the model can take where that is less."""
     parts = [config, *(getattr(config, name) for name in config.sub_configs)]
-    return min(max_length, tokenizer.model_max_length, *(_positions(part, max_length) for part in parts))
+    return min(max_length, *(_positions(part, max_length) for part in parts))
 
 
 def _positions(config: PreTrainedConfig, unknown: int) -> int:
@@ -44,12 +67,16 @@ def _positions(config: PreTrainedConfig, unknown: int) -> int:
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], targets: Sequence[int], max_length: int) -> Tokens:
     """Tokenises ``texts``, cutting each at ``max_length`` tokens, and adds ``targets`` as ``labels``."""
-    encoded = tokenizer(list(texts), truncation=True, max_length=max_length)
-    full = [text for text, ids in zip(texts, encoded["input_ids"], strict=True) if len(ids) == max_length]
-    cut = sum(len(ids) > max_length for ids in tokenizer(full, verbose=False)["input_ids"]) if full else 0
-    columns = [*encoded, "labels"]
-    rows = [dict(zip(columns, values, strict=True)) for values in zip(*encoded.values(), targets, strict=True)]
-    return Tokens(rows, cut)
+    columns: dict[str, list[array]] = {}
+    cut = 0
+    for start in range(0, len(texts), CHUNK):
+        part = list(texts[start : start + CHUNK])
+        encoded = tokenizer(part, truncation=True, max_length=max_length, return_attention_mask=False)
+        for name, rows in encoded.items():
+            columns.setdefault(name, []).extend(array("i", row) for row in rows)
+        full = [text for text, ids in zip(part, encoded["input_ids"], strict=True) if len(ids) == max_length]
+        cut += sum(len(ids) > max_length for ids in tokenizer(full, verbose=False)["input_ids"]) if full else 0
+    return Tokens(columns, list(targets), cut)
 
 
 def collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorWithPadding:

@@ -112,10 +112,11 @@ class Trained:
             part = texts[start : start + WINDOW * batch_size]
             encoded = tokens.encode(self.tokenizer, part, [0] * len(part), self.length)
             self.cut += encoded.cut
-            order = sorted(range(len(part)), key=lambda row: -len(encoded.rows[row]["input_ids"]))
+            lengths = encoded.lengths()
+            order = sorted(range(len(part)), key=lambda row: -lengths[row])
             for first in range(0, len(order), batch_size):
                 rows = order[first : first + batch_size]
-                batch = collate([encoded.rows[row] for row in rows]).to(self.model.device)
+                batch = collate([encoded[row] for row in rows]).to(self.model.device)
                 batch.pop("labels")
                 with torch.no_grad():
                     logits = self.model(**batch).logits
@@ -143,7 +144,7 @@ def load(known: Description, max_length: int | None, stock: bool) -> Trained:
 
     import fastft
     from fastft.training import classifier, tokens  # noqa: F401 — makes TextClassifier known to transformers
-    from fastft.training.checkpoint import transformers_quiet
+    from fastft.training.checkpoint import check_tokenizer, transformers_quiet
 
     place = {"local_files_only": True, "trust_remote_code": False}
     try:
@@ -160,6 +161,7 @@ def load(known: Description, max_length: int | None, stock: bool) -> Trained:
         raise ValueError(f"{known.folder} lacks {len(lost)} weights of the model, the first is {lost[0]}")
     if model.config.num_labels != len(known.names):
         raise ValueError(f"{known.folder} names {len(known.names)} classes, its model has {model.config.num_labels}")
+    check_tokenizer(str(known.folder), tokenizer, model)
     wanted = max_length or (known.preprocessing or {}).get("max_length")
     length = tokens.longest_row(tokenizer, model.config, wanted or 2**31)
     model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu").eval()

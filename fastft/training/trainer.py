@@ -103,8 +103,7 @@ class ClassifierTrainer(Trainer):
         self.keeper.saved.put_generators()
 
     def get_train_dataloader(self) -> DataLoader:
-        lengths = [len(row["input_ids"]) for row in self.train_dataset]
-        sampler = tokens.LengthGroupedSampler(lengths, self.args.train_batch_size, self.args.seed)
+        sampler = tokens.LengthGroupedSampler(self.train_dataset.lengths(), self.args.train_batch_size, self.args.seed)
         return self._dataloader(self.train_dataset, self.args.train_batch_size, sampler)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
@@ -179,8 +178,8 @@ def make_trainer(
         network,
         arguments,
         data_collator=collator,
-        train_dataset=train.rows,
-        eval_dataset=[held_out.rows[row] for row in order],
+        train_dataset=train,
+        eval_dataset=torch.utils.data.Subset(held_out, order),
         compute_metrics=accuracy,
         callbacks=[keeper.progress, keeper],
         meter=keeper.progress.meter,
