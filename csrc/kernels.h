@@ -206,6 +206,44 @@ struct AttentionBackward {
   int64_t threshold, use;
 };
 
+// Elements that one task of the kernels below takes of one tensor: fixed, so that a norm's order of summing is.
+constexpr int64_t kOptimizerChunk = int64_t(1) << 16;
+
+// Many tensors at once: arrays of their addresses and numbers of elements lie in the host's memory, on CUDA too.
+// One step of AdamW on parameters p with gradients g and their moments m and v, in place.
+template <class T, class W>
+struct AdamW {
+  const int64_t* p;      // (tensors) addresses of W, like m and v
+  const int64_t* g;      // (tensors) addresses of T
+  const int64_t* m;      // (tensors)
+  const int64_t* v;      // (tensors)
+  const int64_t* sizes;  // (tensors)
+  const double* steps;   // (tensors) the number of each one's step, from 1 on
+  int64_t tensors;
+  const Statistic<W>* factor;  // (1) or null: what gradients are multiplied with, in the device's memory
+  double lr, beta1, beta2, eps, weight_decay;
+  int maximize;
+};
+
+// Square root of the sum of squares over all gradients.
+template <class T, class W>
+struct GradNorm {
+  W* norm;               // (1)
+  double* partial;       // (chunks of all tensors) workspace; CUDA only
+  const int64_t* g;      // (tensors) addresses of T
+  const int64_t* sizes;  // (tensors)
+  int64_t tensors;
+};
+
+// g *= factor
+template <class T, class W>
+struct ScaleGrads {
+  const int64_t* g;      // (tensors) addresses of T
+  const int64_t* sizes;  // (tensors)
+  int64_t tensors;
+  const W* factor;  // (1) in the device's memory
+};
+
 // Name of the kernel, name of its arguments. Every line becomes, for each instruction set, an entry of the dispatch table of cpu/isa.cpp
 // (with the pairs of dtypes of FASTFT_CPU_DTYPES), and a function of fastft::cuda.
 #define FASTFT_KERNELS(X)                         \
@@ -216,7 +254,10 @@ struct AttentionBackward {
   X(layer_norm_forward, LayerNormForward)         \
   X(layer_norm_backward, LayerNormBackward)       \
   X(attention_forward, AttentionForward)          \
-  X(attention_backward, AttentionBackward)
+  X(attention_backward, AttentionBackward)        \
+  X(adamw, AdamW)                                 \
+  X(grad_norm, GradNorm)                          \
+  X(scale_grads, ScaleGrads)
 
 // Suffix, T, W.
 #define FASTFT_CPU_DTYPES(X) X(f32, float, float) X(bf16, bf16, bf16) X(bf16_f32, bf16, float) X(f64, double, double)

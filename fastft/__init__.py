@@ -7,7 +7,7 @@ import importlib
 
 __version__ = "0.1.0"
 
-_SUBMODULES = ("activations", "functional", "models", "nn", "testing", "training")
+_SUBMODULES = ("activations", "functional", "models", "nn", "optim", "testing", "training")
 
 _HOMES = {
     "optimize": "models.optimize",

@@ -72,6 +72,24 @@ inline Vec<T> broadcast(T value) {
   return value - Vec<T>{};  // x - 0: the compiler's broadcast, exact for -0 and NaN
 }
 
+#if defined(FASTFT_ISA_AVX512) || defined(FASTFT_ISA_AVX512_BF16)
+inline Vec<float> sqrt(Vec<float> x) { return (Vec<float>)_mm512_sqrt_ps((__m512)x); }
+inline Vec<double> sqrt(Vec<double> x) { return (Vec<double>)_mm512_sqrt_pd((__m512d)x); }
+#elif defined(FASTFT_ISA_AVX2)
+inline Vec<float> sqrt(Vec<float> x) { return (Vec<float>)_mm256_sqrt_ps((__m256)x); }
+inline Vec<double> sqrt(Vec<double> x) { return (Vec<double>)_mm256_sqrt_pd((__m256d)x); }
+#elif defined(__SSE2__)
+inline Vec<float> sqrt(Vec<float> x) { return (Vec<float>)_mm_sqrt_ps((__m128)x); }
+inline Vec<double> sqrt(Vec<double> x) { return (Vec<double>)_mm_sqrt_pd((__m128d)x); }
+#else
+inline Vec<float> sqrt(Vec<float> x) {
+  return by_lane(x, [](float v) { return __builtin_sqrtf(v); });
+}
+inline Vec<double> sqrt(Vec<double> x) {
+  return by_lane(x, [](double v) { return __builtin_sqrt(v); });
+}
+#endif
+
 // ---- bf16 <-> f32, the scalar conversions are in common/numeric.h
 
 // Rounds each lane to bf16, left in the upper half of the lane.

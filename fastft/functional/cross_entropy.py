@@ -53,7 +53,7 @@ def cross_entropy(input, target, weight=None, ignore_index=-100, reduction="mean
         failure = error
     try:
         classes, _ = _check(*arguments[:5])
-        _raise_if_out_of_range(input, target, ignore_index, classes)
+        raise_if_out_of_range(target, ignore_index, classes)
         raise failure
     finally:
         del failure  # whose traceback holds this frame, and so all tensors
@@ -160,7 +160,7 @@ def _slower(input):
     return size < 120_000
 
 
-def _raise_if_out_of_range(input, target, ignore_index, classes):
+def raise_if_out_of_range(target, ignore_index, classes):
     """Says which target it was that a kernel on the CPU refused."""
     if target.is_floating_point() or target.device.type != "cpu" or torch._C._are_functorch_transforms_active():
         return
@@ -183,7 +183,7 @@ def _run(input, target, weight, ignore_index, reduction, label_smoothing, dtype)
     options = (ignore_index, float(label_smoothing), _REDUCTIONS[reduction])
     if _autograd.needs_grad(input, target):
         return _CrossEntropy.apply(input, target, weight, dtype, options)
-    return _forward(input, target, weight, dtype, options, keep=False)[0]
+    return forward(input, target, weight, dtype, options, keep=False)[0]
 
 
 def _classes_last(input):
@@ -209,7 +209,7 @@ def _like(dense, tensor, classes_last):
     return dense.view(tensor.shape)
 
 
-def _forward(input, target, weight, dtype, options, keep):
+def forward(input, target, weight, dtype, options, keep):
     """The loss, and what the backward needs of the rows: ``stats``, and the divisor of a mean."""
     _, label_smoothing, reduction = options
     probabilities, last = target.is_floating_point(), _classes_last(input)
@@ -227,7 +227,7 @@ def _forward(input, target, weight, dtype, options, keep):
     return loss, stats, divisor
 
 
-def _backward(options, stats, divisor, wanted, grad_output, input, target, weight):
+def backward(options, stats, divisor, wanted, grad_output, input, target, weight):
     """Gradients of input, target (where it holds probabilities) and weight (None), None where not wanted."""
     probabilities, last = target.is_floating_point(), _classes_last(input)
     logits, targets = _dense(input, last), _dense(target, last) if probabilities else target.contiguous()
@@ -247,7 +247,7 @@ def _backward(options, stats, divisor, wanted, grad_output, input, target, weigh
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, target, weight, dtype, options):
-        loss, stats, divisor = _forward(input, target, weight, dtype, options, keep=True)
+        loss, stats, divisor = forward(input, target, weight, dtype, options, keep=True)
         ctx.dtype, ctx.options = dtype, options
         ctx.save_for_backward(input, target, weight, stats, divisor)
         return loss
@@ -257,10 +257,10 @@ class _CrossEntropy(torch.autograd.Function):
         *tensors, stats, divisor = ctx.saved_tensors
         kept = ctx.options, stats, divisor, ctx.needs_input_grad[:2]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            kernel = functools.partial(_backward, *kept)
+            kernel = functools.partial(backward, *kept)
             composition = functools.partial(_composition, ctx.dtype, ctx.options)
             return *_autograd.Backward.apply(kernel, composition, grad_output, *tensors), None, None
-        return *_backward(*kept, grad_output, *tensors), None, None
+        return *backward(*kept, grad_output, *tensors), None, None
 
 
 def _composition(dtype, options, input, target, weight):

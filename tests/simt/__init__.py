@@ -126,6 +126,33 @@ def flat(tensor):
     return tensor.detach().as_strided((span,), (1,))
 
 
+def adamw(p, g, m, v, steps, factor, *options):
+    for step in steps:  # the binding counts them
+        step += 1
+    numbers = torch.stack([step.double() for step in steps])
+    lists = *map(addresses, (p, g, m, v)), sizes_of(p), numbers
+    return (g[0], p[0]), (*lists, len(p), factor, *options)
+
+
+def grad_norm(norm, partial, g):
+    if partial is None:  # Python makes this workspace for CUDA tensors only
+        partial = torch.empty(sum(math.ceil(t.numel() / 65536) for t in g), dtype=torch.float64)
+    return (g[0], norm), (norm, partial, addresses(g), sizes_of(g), len(g))
+
+
+def scale_grads(g, factor):
+    return (g[0], factor), (addresses(g), sizes_of(g), len(g), factor)
+
+
+def addresses(tensors):
+    assert all(tensor.is_contiguous() for tensor in tensors)
+    return torch.tensor([tensor.data_ptr() for tensor in tensors])
+
+
+def sizes_of(tensors):
+    return torch.tensor([tensor.numel() for tensor in tensors])
+
+
 FIELDS = {
     op.__name__: op
     for op in (
@@ -133,6 +160,7 @@ FIELDS = {
         *(cross_entropy_forward, cross_entropy_backward),
         *(layer_norm_forward, layer_norm_backward),
         *(attention_forward, attention_backward),
+        *(adamw, grad_norm, scale_grads),
     )
 }
 
