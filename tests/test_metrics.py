@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from sklearn.metrics import classification_report, confusion_matrix
 
+from fastft.models.report import Line, Report
 from fastft.training import lines, metrics, plots
 
 
@@ -80,6 +81,14 @@ def test_names_that_the_font_has_not_are_drawn_without_a_warning(tmp_path):
         warnings.simplefilter("error")
         plots.confusion_matrix(tmp_path / "a.png", ["北京", "\U0001f600 $x$"], [[3, 1], [0, 2]])
     assert (tmp_path / "a.png").stat().st_size > 1000
+
+
+def test_kernels_are_told_by_kind_and_reason():
+    parts = [("a", "Linear", None), ("b", "Embedding", "why"), ("c", "Tanh", "why"), ("d", "Embedding", "why")]
+    report = Report("Model", tuple(Line(*part) for part in [*parts, ("e", "Linear", "not now")]), (), None)
+    told = ["fastft's in 1 of 5 modules", "PyTorch's in 2 Embedding, 1 Tanh: why", "PyTorch's in 1 Linear: not now"]
+    assert lines.kernels_lines(report) == told
+    assert lines.kernels_lines(None) == ["PyTorch's (stock=True)"]
 
 
 @pytest.mark.parametrize("classes", [2, 100])
