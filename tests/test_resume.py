@@ -309,6 +309,9 @@ def test_damaged_state_is_named(job, interrupted, tmp_path):
     os.truncate(state, state.stat().st_size - 100)
     with pytest.raises(ValueError, match=r"state.safetensors is damaged \(.*\): overwrite=True starts anew"):
         resumed(job, output)
+    os.truncate(output / run_folder.KEPT / "run.json", 10)
+    with pytest.raises(ValueError, match=r"run.json is damaged \(.*\): overwrite=True starts anew"):
+        resumed(job, output)
     assert resumed(job, output, resume=False, overwrite=True, epochs=1).output == output
     assert not (output / run_folder.KEPT).exists()
 

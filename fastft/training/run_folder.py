@@ -30,11 +30,16 @@ def check(output: str | os.PathLike, resume: bool, overwrite: bool) -> None:
     """Refuses an ``output`` that a run of these options must not write into.
 
     Raises: FileExistsError: it is a file; it is not empty and neither ``resume`` nor ``overwrite`` is set; there is
-        something in it, but nothing to resume.
+        something in it, but nothing to resume. NotADirectoryError, PermissionError: it cannot be made there.
     """
     folder, place = Path(output), f"output={str(output)!r}"
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{place} is a file, not a folder")
+    above = next(path for path in (folder, *folder.parents) if path.exists())
+    if not above.is_dir():
+        raise NotADirectoryError(f"{place} cannot be made: {above} is a file, not a folder")
+    if not os.access(above, os.W_OK):
+        raise PermissionError(f"{place} cannot be written to: the folder {above} is read-only")
     foreign = {path.name for path in folder.iterdir()} - {LOCK, KEPT} if folder.is_dir() else set()
     if _record(folder).is_file():
         if not resume and not overwrite:
@@ -89,9 +94,17 @@ def _lock(path: Path, output: str | os.PathLike) -> int:
 
 
 def interrupted(folder: Path) -> dict[str, Any] | None:
-    """What :func:`begin` recorded of the interrupted run in ``folder``, None if there is none."""
+    """What :func:`begin` recorded of the interrupted run in ``folder``, None if there is none.
+
+    Raises: ValueError: the record is damaged.
+    """
     record = _record(folder)
-    return json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
+    if not record.is_file():
+        return None
+    try:
+        return json.loads(record.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{record} is damaged ({error}): overwrite=True starts anew") from error
 
 
 def begin(folder: Path, identity: dict[str, Any]) -> str:
