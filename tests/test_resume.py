@@ -325,6 +325,17 @@ def test_one_run_at_a_time_in_a_folder(job, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("options", [(), ("--resume",), ("--overwrite",)])
+def test_a_run_under_way_is_not_taken_for_an_interrupted_one(tmp_path, options):
+    rows = "".join(f"some words {row},{'ab'[row % 2]}\n" for row in range(40))
+    (tmp_path / "a.csv").write_text(f"text,label\n{rows}")
+    with run_folder.locked(tmp_path / "out") as folder:
+        run_folder.begin(folder, {})
+        done = processes.at_once("finetune", "a.csv", "--model", "m", "--output", "out", *options, cwd=tmp_path)
+    said = f"fastft: --output 'out' is being written by another run, process {os.getpid()}\n"
+    assert (done.status, done.err) == (2, said)
+
+
 def test_state_holds_no_pickle(interrupted):
     assert {path.suffix for path in (interrupted / run_folder.KEPT).iterdir()} == {".safetensors", ".json"}
     with safe_open(interrupted / run_folder.KEPT / resume.STATE, "pt") as state:
