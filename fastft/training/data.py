@@ -86,7 +86,7 @@ def load(
     Args:
         data: path of a CSV or TSV file with a header line, of a JSONL file, or of a folder with one sub-folder per
             class and one text in each file; or two equally long sequences: strings, and labels that are strings,
-            integers or booleans.
+            integers or booleans; where all are whole numbers, 1.0 is the label 1.
         text, label: the columns (or keys) to read; None finds them by their names, else by what is in them.
         argument: what the messages call a pair.
         labels: whether to read labels; if not, ``data`` may also be a sequence of texts, or a folder of any shape.
