@@ -3,6 +3,7 @@ place, and nothing written; where no model is needed to know it, before torch is
 
 import functools
 import json
+import logging
 import os
 import random
 import resource
@@ -12,6 +13,8 @@ import processes
 import pytest
 from tiny import make_checkpoint, make_reviews
 from transformers import BertTokenizer
+
+from fastft.training import checkpoint, run_folder
 
 GOOD = "text,label\n" + "".join(f"some words {row},{'ab'[row % 2]}\n" for row in range(40))
 
@@ -102,6 +105,7 @@ def test_links_that_lead_nowhere(tmp_path):
         (("--validation", "nowhere.csv"), "nowhere.csv does not exist"),
         (("--validation-share", "0.99"), "--validation-share 0.99 puts 40 of 40 examples aside, but each part needs"),
         (("--output", "good.csv"), "--output 'good.csv' is a file, not a folder"),
+        (("--output", "good.csv/out"), "--output 'good.csv/out' cannot be made: good.csv is a file, not a folder"),
         (("--output", "."), "--output '.' is not empty: name another folder or pass --overwrite"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
@@ -176,7 +180,32 @@ def test_models_that_cannot_be_trained(job, tmp_path, damage, message):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["/no/such/model", "runs/today/model", "./model", "model/", "~/model", ""])
+def test_what_names_no_model_on_the_hub_is_not_looked_for_there(name):
+    with (
+        pytest.raises(ValueError, match=f"model={name!r} cannot be loaded: there is no such folder$"),
+        checkpoint.loading(name),
+    ):
+        pass
+
+
+def test_a_hub_out_of_reach_is_one_sentence():
+    heard = logging.getLogger("huggingface_hub.utils._http")
+    level = heard.getEffectiveLevel()
+    said = "model='a/b' cannot be loaded: there is no such folder, and the Hugging Face hub: We couldn't connect"
+    with pytest.raises(ValueError, match=said), checkpoint.loading("a/b"):
+        assert not heard.isEnabledFor(logging.WARNING)  # "Retrying in 1s"
+        raise OSError("We couldn't connect to it.\nCheck your connection.")
+    assert heard.getEffectiveLevel() == level
+
+
 # ---- places that cannot be written to
+
+
+def test_a_folder_that_is_read_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(PermissionError, match=r"cannot be written to: the folder .* is read-only"):
+        run_folder.check(tmp_path / "a" / "b", resume=False, overwrite=False)
 
 
 def test_disk_full_from_the_beginning(job, tmp_path):
@@ -186,10 +215,10 @@ def test_disk_full_from_the_beginning(job, tmp_path):
     assert_one_sentence(done, f"--output '{out}': the disk is full; nothing that was saved is lost")
 
 
-@pytest.mark.parametrize("output", ["/proc/out", "/dev/null/out", "/sys/out"])
+@pytest.mark.parametrize("output", ["/proc/out", "/sys/out"])
 def test_output_where_nothing_can_be_made(job, output):
     done = processes.fastft("finetune", job / "data.csv", "--model", job / "model", "--output", output)
-    assert_one_sentence(done, output if "null" not in output else "/dev/null")
+    assert_one_sentence(done, output)
 
 
 # ---- what is odd but no error

@@ -172,6 +172,7 @@ def test_debug_shows_the_traceback_too(job, tmp_path):
     [
         (KeyboardInterrupt(), 130, "interrupted"),
         (KeyboardInterrupt("pass resume=True"), 130, "pass --resume"),
+        (MemoryError("compare: the model has 9 parameters"), 2, "compare: the model has 9 parameters"),
         (MemoryError(), 2, "out of memory, a smaller --batch-size or --max-length needs less: MemoryError"),
         (RuntimeError("CUDA out of memory. Tried"), 2, "out of memory, a smaller --batch-size or --max-length needs"),
         (OSError(28, "No space left on device"), 2, "No space left on device"),

@@ -384,6 +384,15 @@ def test_a_model_that_does_not_fit_is_said_before_training(model, monkeypatch):
         fastft.compare(model, REVIEWS, **SMALL)
 
 
+def test_a_container_has_the_memory_that_cached_files_take(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare_run, "CGROUP", tmp_path)
+    (tmp_path / "memory.max").write_text("max\n")
+    assert compare_run.free_memory(torch.device("cpu")) > 5000
+    for name, content in (("max", "5000\n"), ("current", "4900\n"), ("stat", "anon 900\ninactive_file 4000\n")):
+        (tmp_path / f"memory.{name}").write_text(content)
+    assert compare_run.free_memory(torch.device("cpu")) == 4100
+
+
 # ---- the command
 
 

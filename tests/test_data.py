@@ -56,8 +56,9 @@ def test_a_folder_per_class_with_hidden_and_loose_files(tmp_path):
     assert len(data.load(tmp_path, labels=False)) == 4  # whatever the files stand for
 
 
-def test_semicolons_of_a_spreadsheet_and_lines_of_an_old_mac(tmp_path):
+def test_semicolons_of_a_spreadsheet_bars_and_lines_of_an_old_mac(tmp_path):
     assert data.load(write(tmp_path / "a.csv", "text;label\r\na, b;1,5\r\n")).texts == ["a, b"]
+    assert data.load(write(tmp_path / "a.csv", "text|label\na, b|1\n")).texts == ["a, b"]
     assert data.load(write(tmp_path / "b.csv", "text,label\rone,1\rtwo,2\r")).texts == ["one", "two"]
 
 
@@ -106,6 +107,9 @@ def test_reading_holds_no_second_copy_of_the_file(tmp_path):
         ([2.0, 1.0], ["1", "2"]),
         (["b", " a ", "10"], ["10", "a", "b"]),
         (["01", "1"], ["01", "1"]),
+        (["1.0", "0.0", "10", "-1."], ["-1", "0", "1", "10"]),
+        (["1.0", "1.5"], ["1.0", "1.5"]),
+        (["1.0", "x"], ["1.0", "x"]),
     ],
 )
 def test_label_names_are_sorted_and_strings(labels, names):
@@ -204,6 +208,7 @@ def test_columns_are_found(tmp_path, columns, text, label):
             {"I liked this film": REVIEW.format, "pos": lambda row: ("pos", "neg")[row % 2]},
             ": its first line is no header, for 'pos' is a value of the column too",
         ),
+        ({"1": str, "2.2667": str, "A fine film": REVIEW.format}, ": its first line is no header, '2.2667' names no"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )

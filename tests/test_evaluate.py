@@ -158,6 +158,8 @@ def test_another_model_sees_texts_as_they_are(foreign):
         (["a", "A"], ["A", "a"], [1, 0]),
         (None, [1, 0, 1], [1, 0, 1]),  # LABEL_0, LABEL_1
         (["5", "6"], [6, 5], [1, 0]),  # names before indices
+        (["1.0", "2.0"], ["2.0", "1"], [1, 0]),  # as integers
+        (["0", "1"], ["1.0", "0.0"], [1, 0]),
     ],
 )
 def test_labels_are_names_or_else_indices(tmp_path, names, labels, indices):

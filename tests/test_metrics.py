@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from sklearn.metrics import classification_report, confusion_matrix
 
+from fastft.models.report import Line, Report
 from fastft.training import lines, metrics, plots
+from fastft.training.result import FinetuneResult
 
 
 @given(st.integers(2, 6), st.data())
@@ -80,6 +82,30 @@ def test_names_that_the_font_has_not_are_drawn_without_a_warning(tmp_path):
         warnings.simplefilter("error")
         plots.confusion_matrix(tmp_path / "a.png", ["北京", "\U0001f600 $x$"], [[3, 1], [0, 2]])
     assert (tmp_path / "a.png").stat().st_size > 1000
+
+
+def test_kernels_are_told_by_kind_and_reason():
+    parts = [("a", "Linear", None), ("b", "Embedding", "why"), ("c", "Tanh", "why"), ("d", "Embedding", "why")]
+    report = Report("Model", tuple(Line(*part) for part in [*parts, ("e", "Linear", "not now")]), (), None)
+    told = ["fastft's in 1 of 5 modules", "PyTorch's in 2 Embedding, 1 Tanh: why", "PyTorch's in 1 Linear: not now"]
+    assert lines.kernels_lines(report) == told
+    assert lines.kernels_lines(None) == ["PyTorch's (stock=True)"]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_legend_shows_what_is_drawn(tmp_path, monkeypatch, count):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *arguments, **options: drawn.append(figure))
+    keys = ("loss", "accuracy", "validation_loss", "validation_accuracy")
+    history = [{"epoch": epoch, **dict.fromkeys(keys, 1 / epoch)} for epoch in (1, 2)]
+    result = FinetuneResult(tmp_path, ["a"], history, [1.0] * 80, {}, np.zeros(1), {}, {}, 2)
+    plots.learning_curves(tmp_path / "a.png", {str(index): result for index in range(count)})
+    for axes in drawn[0].axes:
+        curves = {line.get_color() for line in axes.lines if line.get_marker() == "o" and len(line.get_xdata())}
+        shown = axes.get_legend().get_lines()[-1].get_color()
+        assert len(curves) == count and (shown in curves if count == 1 else shown == "grey")
 
 
 @pytest.mark.parametrize("classes", [2, 100])

@@ -309,6 +309,9 @@ def test_damaged_state_is_named(job, interrupted, tmp_path):
     os.truncate(state, state.stat().st_size - 100)
     with pytest.raises(ValueError, match=r"state.safetensors is damaged \(.*\): overwrite=True starts anew"):
         resumed(job, output)
+    os.truncate(output / run_folder.KEPT / "run.json", 10)
+    with pytest.raises(ValueError, match=r"run.json is damaged \(.*\): overwrite=True starts anew"):
+        resumed(job, output)
     assert resumed(job, output, resume=False, overwrite=True, epochs=1).output == output
     assert not (output / run_folder.KEPT).exists()
 
@@ -320,6 +323,17 @@ def test_one_run_at_a_time_in_a_folder(job, tmp_path):
     ):
         resumed(job, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("options", [(), ("--resume",), ("--overwrite",)])
+def test_a_run_under_way_is_not_taken_for_an_interrupted_one(tmp_path, options):
+    rows = "".join(f"some words {row},{'ab'[row % 2]}\n" for row in range(40))
+    (tmp_path / "a.csv").write_text(f"text,label\n{rows}")
+    with run_folder.locked(tmp_path / "out") as folder:
+        run_folder.begin(folder, {})
+        done = processes.at_once("finetune", "a.csv", "--model", "m", "--output", "out", *options, cwd=tmp_path)
+    said = f"fastft: --output 'out' is being written by another run, process {os.getpid()}\n"
+    assert (done.status, done.err) == (2, said)
 
 
 def test_state_holds_no_pickle(interrupted):

@@ -41,6 +41,8 @@ def reporting(debug: bool = False, options: Iterable[str] = ()) -> Iterator[None
 def sentence(error: Exception) -> str | None:
     """``error`` in one line, None if it is none that a user can cause."""
     first = first_line(error)
+    if type(error) is MemoryError and first:  # of ours, which says what is too large; Python's has no words
+        return first
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _is_out_of_memory(first)):
         return f"out of memory, a smaller batch_size= or max_length= needs less: {first or type(error).__name__}"
     if isinstance(error, BrokenPipeError):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,7 +21,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging
+from transformers.utils import logging as transformers_logging
 
 from fastft.training import files
 from fastft.training.classifier import TextClassifier, TextClassifierConfig
@@ -30,20 +32,24 @@ DROPOUTS = (
     *("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"),
     *("dropout", "attention_dropout", "seq_classif_dropout"),
 )
+_ON_THE_HUB = re.compile(r"\w[\w.-]*(?:/[\w.-]+)?")  # what names there look like
 
 
 @contextlib.contextmanager
 def transformers_quiet() -> Iterator[None]:
-    """Keeps transformers' log lines below errors and its progress bars away."""
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    """Keeps transformers' progress bars, and its and the hub's log lines below errors, away."""
+    loggers = [logging.getLogger(name) for name in ("transformers", "huggingface_hub")]
+    levels, bars = [logger.level for logger in loggers], transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logging.set_verbosity(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
         if bars:
-            logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()
 
 
 def load_classifier(
@@ -98,12 +104,18 @@ def check_tokenizer(place: str, tokenizer: PreTrainedTokenizerBase, model: PreTr
 @contextlib.contextmanager
 def loading(name: str | os.PathLike) -> Iterator[None]:
     """Whatever transformers, tokenizers and safetensors raise about the checkpoint ``name``, in one sentence."""
+    name, nowhere = str(name), ""
+    if not os.path.isdir(name):
+        nowhere = "there is no such folder"
+        if not _ON_THE_HUB.fullmatch(name):
+            raise ValueError(f"model={name!r} cannot be loaded: {nowhere}")
+        nowhere += ", and the Hugging Face hub: "
     try:
         with transformers_quiet():
             yield
     except Exception as error:  # tokenizers raises nothing more specific
         reason = first_line(error) or type(error).__name__
-        raise ValueError(f"model={str(name)!r} cannot be loaded: {reason}") from error
+        raise ValueError(f"model={name!r} cannot be loaded: {nowhere}{reason}") from error
 
 
 def set_dropout(config: PreTrainedConfig, dropout: float) -> None:

@@ -86,6 +86,8 @@ def find(
     elif not labels and len(names) == 1:
         text = names[0]
     if text is None or (labels and label is None):
+        if number := next(filter(_FRACTION.fullmatch, names), None):
+            raise ValueError(_no_header(source, f"{shown(number)} names no column"))
         seen = look()
         text = text or _by_content(source, seen, "text", _texts(seen, label), exclude=label)
         if labels and label is None:
@@ -93,14 +95,18 @@ def find(
             found = [name for name in others if seen[name].is_label()]
             label = _by_content(source, seen, "label", others if len(others) == 1 else found, exclude=text)
             if label in (seen[label].values or ()):
-                raise ValueError(
-                    f"{source}: its first line is no header, for {shown(label)} is a value of the column too: "
-                    "put a line with the columns' names, such as text and label, above it"
-                )
+                raise ValueError(_no_header(source, f"for {shown(label)} is a value of the column too"))
     for name in filter(None, (text, label)):
         if names.count(name) > 1:
             raise ValueError(f"{source} has {names.count(name)} columns {name!r}: give each a name of its own")
     return text, label
+
+
+def _no_header(source: str, why: str) -> str:
+    return (
+        f"{source}: its first line is no header, {why}: put a line with the columns' names, such as text and label, "
+        "above it"
+    )
 
 
 def _by_name(source: str, names: Sequence[str], role: str, given: str | None, known: Sequence[str]) -> str | None:

@@ -19,6 +19,7 @@ from rich.text import Text
 from fastft.models.report import NOT_REPLACED
 from fastft.testing.measure import LONG_RATIO
 from fastft.training.compare_run import FASTFT, PAIRS, PHASES, REVERSED, STOCK, Parity, Timed
+from fastft.training.lines import kernels_lines
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -233,17 +234,8 @@ def _why_none(parity: Parity) -> str:
 
 
 def _kernels(parity: Parity) -> str:
-    lines = parity.report.lines
-    kinds: dict[str, Counter[str]] = {}
-    for line in lines:
-        if line.reason:
-            kinds.setdefault(line.reason, Counter())[line.kind] += 1
-    count = sum(line.reason is None for line in lines)
-    said = [f"fastft's in {count} of {len(lines)} modules, {sum(parity.calls.values())} calls a step"]
-    for reason, found in kinds.items():
-        named = ", ".join(f"{number} {kind}" for kind, number in found.most_common())
-        said.append(f"PyTorch's in {named}: {reason}")
-    return "; ".join(said)
+    ours, *torchs = kernels_lines(parity.report)
+    return "; ".join([f"{ours}, {sum(parity.calls.values())} calls a step", *torchs])
 
 
 # ---- cells

@@ -25,6 +25,7 @@ import fastft
 from fastft.testing import error, timing
 from fastft.testing.spec import KernelCalls
 
+CGROUP = Path("/sys/fs/cgroup")  # of a container
 LEARNING_RATE, WEIGHT_DECAY, CLIP = 5e-5, 0.01, 1.0  # what finetune takes when it is not told
 STOCK, FASTFT, OWN_OPTIMIZER = "stock", "fastft", "fastft + fastft.optim"
 REVERSED = "stock, rows reversed"
@@ -374,9 +375,10 @@ def free_memory(device: torch.device) -> int | None:
     if not Path("/proc/meminfo").exists():
         return None
     free = [_field(Path("/proc/meminfo"), "MemAvailable")]
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and (text := limit.read_text().strip()) != "max":  # a container's
-        free.append(max(0, int(text) - int(used.read_text())))
+    if (CGROUP / "memory.max").exists() and (limit := (CGROUP / "memory.max").read_text().strip()) != "max":
+        held = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        cached = int(held.get("inactive_file", 0))  # files that were read: the system takes it back when it is needed
+        free.append(max(0, int(limit) - int((CGROUP / "memory.current").read_text()) + cached))
     return min(free)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from typing import Any
 
 from fastft.training import columns, readers
 from fastft.training.readers import shown, shown_list
+
+_INTEGRAL = re.compile(r"[+-]?[0-9]+(?:\.0*)?")
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ def load(
     Args:
         data: path of a CSV or TSV file with a header line, of a JSONL file, or of a folder with one sub-folder per
             class and one text in each file; or two equally long sequences: strings, and labels that are strings,
-            integers or booleans.
+            integers or booleans; where all are whole numbers, 1.0 is the label 1.
         text, label: the columns (or keys) to read; None finds them by their names, else by what is in them.
         argument: what the messages call a pair.
         labels: whether to read labels; if not, ``data`` may also be a sequence of texts, or a folder of any shape.
@@ -113,7 +116,14 @@ def load(
         raise ValueError(f"{source}: there are no examples in it")
     if not any(map(str.strip, texts)):
         raise ValueError(f"{source}: all of its {len(texts)} texts are empty" + (f" ({where})" if where else ""))
-    return Examples(texts, names, source, where, places, unit)
+    return Examples(texts, whole_numbers(names), source, where, places, unit)
+
+
+def whole_numbers(labels: list[str]) -> list[str]:
+    """``labels``, where all of them are integers as pandas writes them, 1.0, as everybody else does, 1."""
+    if not all(map(_INTEGRAL.fullmatch, set(labels))):
+        return labels
+    return [label.partition(".")[0] for label in labels]
 
 
 def label_names(labels: Iterable[str]) -> list[str]:

@@ -104,7 +104,7 @@ def _targets(examples: readable.Examples, names: list[str]) -> tuple[np.ndarray,
     indices = {name.casefold(): index for index, name in enumerate(names)}
     if len(indices) < len(names):  # names that differ in nothing but their case
         indices = {}
-    indices |= {name: index for index, name in enumerate(names)}
+    indices |= {name: index for plain in (readable.whole_numbers(names), names) for index, name in enumerate(plain)}
     labels = set(examples.labels)
     found = {label: indices.get(label, indices.get(label.casefold())) for label in labels}
     by_index = all(index is None for index in found.values()) and all(

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import fastft
 from fastft import environment
 from fastft.functional import _choice
+from fastft.models.report import Report
 from fastft.testing import timing
 from fastft.training import checkpoint, files, metrics, plots, preprocess, run_folder, tokens
 from fastft.training.data import Examples, label_names
@@ -107,7 +108,7 @@ def _prepare(
 def _run(job: _Job, folder: Path, run: str, found: dict[str, Any] | None, console: Console) -> FinetuneResult:
     """Trains, from the beginning or from where ``found`` stands, and fills the folder."""
     options, network = job.options, job.network
-    kernels = None if options["stock"] else fastft.report(network).as_dict()
+    kernels = None if options["stock"] else fastft.report(network)
     gain = _bfloat16_gain(network, rows=8 * options["batch_size"]) if options["dtype"] == "auto" else None
     told = facts(network, job.fresh, options, gain, kernels, job.parts, job.cleaning, job.encoded, job.length)
     width = console.width if console.is_terminal else None
@@ -151,7 +152,7 @@ def _save(
     job: _Job,
     folder: Path,
     keeper: Keeper,
-    kernels: dict[str, Any] | None,
+    kernels: Report | None,
     told: dict[str, str],
     best: bool = True,
 ) -> FinetuneResult:
@@ -179,7 +180,7 @@ def _save(
     record |= {
         "epoch": epoch,
         "epochs_trained": len(history),
-        "kernels": kernels,
+        "kernels": None if kernels is None else kernels.as_dict(),
         "choices": job.choices,
         "model_sha256": job.model_sha256,
     }

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import textwrap
+from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.cells import cell_len, set_cell_size
 
 from fastft.training.preprocess import strip_control
+
+if TYPE_CHECKING:
+    from fastft.models.report import Report
 
 WIDTH = 70  # of a table beside the names of the facts
 LONGEST_NAME = 24  # of a class
@@ -40,6 +44,20 @@ def fact_line(name: str, fact: str, width: int | None = None) -> str:
     if width is not None:
         lines = [part for line in lines for part in textwrap.wrap(line, max(width - 10, 20), **_BETWEEN_WORDS) or [""]]
     return f"{name:<10}" + f"\n{'':10}".join(lines)
+
+
+def kernels_lines(report: Report | None) -> list[str]:
+    """Whose kernels run in how many modules, then for each reason in which ones PyTorch's do; None: without ours."""
+    if report is None:
+        return ["PyTorch's (stock=True)"]
+    kinds: dict[str, Counter[str]] = {}
+    for line in report.lines:
+        if line.reason:
+            kinds.setdefault(line.reason, Counter())[line.kind] += 1
+    lines = [f"fastft's in {sum(line.reason is None for line in report.lines)} of {len(report.lines)} modules"]
+    for reason, found in kinds.items():
+        lines.append(f"PyTorch's in {', '.join(f'{count} {kind}' for kind, count in found.most_common())}: {reason}")
+    return lines
 
 
 def class_lines(metrics: dict[str, Any]) -> list[str]:

@@ -34,7 +34,7 @@ def learning_curves(path: Path, runs: Mapping[str, FinetuneResult]) -> None:
     for axes, title in ((loss_axes, "loss"), (accuracy_axes, "accuracy")):
         axes.set(title=title, xlabel="epoch")
         axes.grid(alpha=0.3)
-        axes.plot([], [], color="grey", marker="o", label="validation")
+        axes.plot([], [], color="grey" if len(runs) > 1 else "C0", marker="o", label="validation")
         axes.legend()
     accuracy_axes.xaxis.get_major_locator().set_params(integer=True)
     figure.savefig(path, dpi=120)

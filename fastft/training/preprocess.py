@@ -21,6 +21,7 @@ from fastft.training.data import Examples
 from fastft.training.readers import shown
 
 FILE = "preprocessing.json"
+ROUNDS = 32  # of all steps: `<<b>b>` needs three; a text made to need thousands would take the square of its length
 VERSION = 1  # of the steps below: a folder of another version is not read by guessing
 
 # ---- the steps, each str -> str; each leaves a text that needs nothing unchanged
@@ -116,15 +117,16 @@ def _clean(text: str, lower_case: bool, changed: Counter) -> str:
     """Counts in ``changed`` every step that changed the text."""
     steps = {**STEPS, "lower_case": str.lower} if lower_case else STEPS
     by: set[str] = set()
-    before = None
     # Until nothing changes: `&amp;lt;b&amp;gt;` becomes a tag in the third round, and NFC may join what a step parted.
-    while text != before:
+    for _ in range(ROUNDS):
         before = text
         for name, step in steps.items():
             after = step(text)
             if after != text:
                 by.add(name)
                 text = after
+        if text == before:
+            break
     changed.update(by)
     return text
 

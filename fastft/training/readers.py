@@ -122,7 +122,7 @@ def _table(path: Path, encoding: str) -> tuple[list[str], Iterator[tuple[int, li
         head.append(line)
     delimiter = DELIMITERS[path.suffix.lower()]
     if delimiter not in head[-1]:  # a spreadsheet writes semicolons where the comma is the decimal point
-        delimiter = next((other for other in ";\t" if other in head[-1]), delimiter)
+        delimiter = next((other for other in ";\t|" if other in head[-1]), delimiter)
     rows = _rows(path, itertools.chain(head, lines), delimiter)
     return [name.strip() for name in next(rows)[1]], rows
 
@@ -157,7 +157,9 @@ def _objects(path: Path, encoding: str) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
             record = json.loads(content)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {line}: not JSON: {error.msg} at column {error.colno}") from error
+            raise ValueError(
+                f"{path}, line {line}: not JSON: {error.msg} at column {error.colno} (each line must be one object)"
+            ) from error
         except (RecursionError, ValueError) as error:  # nested too deeply; an integer of more digits than Python takes
             raise ValueError(f"{path}, line {line}: {str(error).splitlines()[0]}") from error
         if not isinstance(record, dict):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +12,9 @@ import torch
 from transformers import PreTrainedModel
 
 from fastft import environment
+from fastft.models.report import Report
 from fastft.training.data import Examples
-from fastft.training.lines import SHOWN_LABELS, class_lines, fact_line, short
+from fastft.training.lines import SHOWN_LABELS, class_lines, fact_line, kernels_lines, short
 from fastft.training.preprocess import Prepared
 from fastft.training.tokens import LengthGroupedSampler, Tokens, batches, padding_share
 
@@ -73,7 +73,7 @@ def facts(
     fresh: Sequence[str],
     options: dict[str, Any],
     gain: float | None,
-    kernels: dict[str, Any] | None,
+    kernels: Report | None,
     parts: tuple[Examples, Examples],
     cleaning: Prepared,
     encoded: tuple[Tokens, Tokens],
@@ -85,7 +85,7 @@ def facts(
         fresh: the parameters that start at random.
         options: the arguments of ``finetune``.
         gain: how many times as fast a linear layer is in bfloat16, None when nobody is to choose.
-        kernels: ``Report.as_dict()``, or None for PyTorch's.
+        kernels: what runs in ``network``, or None for PyTorch's.
         parts, encoded: the training and the validation examples, and their tokens, cut to ``length``.
         cleaning: what was done to the texts.
     """
@@ -98,7 +98,7 @@ def facts(
         "dtype": options["dtype"]
         if gain is None
         else f"float32; in bfloat16 a linear layer runs {gain:.1f}x as fast here",
-        "kernels": _kernels_line(kernels),
+        "kernels": "\n".join(kernels_lines(kernels)),
         **({"columns": columns} if columns else {}),
         "cleaned": "\n".join(cleaning.lines()),
         "data": f"{len(parts[0]):,} examples to train on, {len(parts[1]):,} to validate",
@@ -112,15 +112,6 @@ def facts(
 def _padding(lengths: list[int], batch_size: int, seed: int) -> float:
     """The share of padding in the batches of the first epoch."""
     return padding_share(batches(list(LengthGroupedSampler(lengths, batch_size, seed)), batch_size), lengths)
-
-
-def _kernels_line(kernels: dict[str, Any] | None) -> str:
-    if kernels is None:
-        return "PyTorch's (stock=True)"
-    modules = kernels["modules"].values()
-    reasons = Counter(module["reason"] for module in modules if module["runs"] != "fastft")
-    line = f"fastft's in {len(modules) - reasons.total()} of {len(modules)} modules"
-    return "; ".join([line, *(f"PyTorch's in {count}: {reason}" for reason, count in reasons.items())])
 
 
 def _labels_line(counts: dict[str, int]) -> str:

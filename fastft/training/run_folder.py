@@ -30,12 +30,20 @@ def check(output: str | os.PathLike, resume: bool, overwrite: bool) -> None:
     """Refuses an ``output`` that a run of these options must not write into.
 
     Raises: FileExistsError: it is a file; it is not empty and neither ``resume`` nor ``overwrite`` is set; there is
-        something in it, but nothing to resume.
+        something in it, but nothing to resume. NotADirectoryError, PermissionError: it cannot be made there.
+        BlockingIOError: another run is writing into it.
     """
     folder, place = Path(output), f"output={str(output)!r}"
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{place} is a file, not a folder")
+    above = next(path for path in (folder, *folder.parents) if path.exists())
+    if not above.is_dir():
+        raise NotADirectoryError(f"{place} cannot be made: {above} is a file, not a folder")
+    if not os.access(above, os.W_OK):
+        raise PermissionError(f"{place} cannot be written to: the folder {above} is read-only")
     foreign = {path.name for path in folder.iterdir()} - {LOCK, KEPT} if folder.is_dir() else set()
+    if (writer := _writer(folder)) is not None:
+        raise BlockingIOError(_busy(output, writer))
     if _record(folder).is_file():
         if not resume and not overwrite:
             raise FileExistsError(
@@ -76,9 +84,7 @@ def _lock(path: Path, output: str | os.PathLike) -> int:
         except BlockingIOError as error:
             process = os.read(descriptor, 32).decode().strip() or "unknown"
             os.close(descriptor)
-            raise BlockingIOError(
-                f"output={str(output)!r} is being written by another run, process {process}"
-            ) from error
+            raise BlockingIOError(_busy(output, process)) from error
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 os.close(descriptor)
@@ -88,10 +94,38 @@ def _lock(path: Path, output: str | os.PathLike) -> int:
         os.close(descriptor)  # a run that ended in between took the file away
 
 
+def _writer(folder: Path) -> str | None:
+    """The other process that is writing into ``folder`` now."""
+    if fcntl is None or not (folder / LOCK).is_file():
+        return None
+    process = ""
+    try:
+        with (folder / LOCK).open() as file:
+            process = file.read(32).strip() or "unknown"
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return None if process == str(os.getpid()) else process
+    except OSError:  # no locks there, or the run has ended in between
+        pass
+    return None
+
+
+def _busy(output: str | os.PathLike, process: str) -> str:
+    return f"output={str(output)!r} is being written by another run, process {process}"
+
+
 def interrupted(folder: Path) -> dict[str, Any] | None:
-    """What :func:`begin` recorded of the interrupted run in ``folder``, None if there is none."""
+    """What :func:`begin` recorded of the interrupted run in ``folder``, None if there is none.
+
+    Raises: ValueError: the record is damaged.
+    """
     record = _record(folder)
-    return json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
+    if not record.is_file():
+        return None
+    try:
+        return json.loads(record.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{record} is damaged ({error}): overwrite=True starts anew") from error
 
 
 def begin(folder: Path, identity: dict[str, Any]) -> str:

@@ -88,11 +88,13 @@ class Trained:
     """A classifier ready for inference, on its device, with our kernels unless they were not wanted.
 
     Attributes:
+        stock: whether they were not.
         length: tokens at which a text is cut; cut: how many texts were, so far.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    stock: bool
     length: int
     cut: int = 0
 
@@ -124,12 +126,11 @@ class Trained:
                 advance(len(rows))
 
     def kernels(self) -> str:
-        """Whose kernels run, in words."""
+        """Whose kernels run where, and why."""
         import fastft
+        from fastft.training.lines import kernels_lines
 
-        modules = fastft.report(self.model).as_dict()["modules"].values()
-        ours = sum(module["runs"] == "fastft" for module in modules)
-        return f"fastft's in {ours} of {len(modules)} modules" if ours else "PyTorch's"
+        return "\n".join(kernels_lines(None if self.stock else fastft.report(self.model)))
 
 
 def load(known: Description, max_length: int | None, stock: bool) -> Trained:
@@ -167,7 +168,7 @@ def load(known: Description, max_length: int | None, stock: bool) -> Trained:
     model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu").eval()
     if not stock:
         fastft.optimize(model)
-    return Trained(model, tokenizer, UNLIMITED if length == 2**31 else length)
+    return Trained(model, tokenizer, stock, UNLIMITED if length == 2**31 else length)
 
 
 @contextlib.contextmanager
