@@ -24,6 +24,7 @@ OPTIONS = {
     "defaults": {},
     "decay": {"lr": 2e-3, "weight_decay": 0.3},
     "no decay": {"weight_decay": 0.0, "betas": (0.8, 0.95), "eps": 1e-3},
+    "little momentum": {"betas": (0.3, 0.95)},
     "maximize": {"maximize": True},
     "clipped": {"max_grad_norm": 1.0},
     "not clipped": {"max_grad_norm": 1e6},
@@ -191,7 +192,38 @@ def test_what_is_not_finite_spreads_as_torchs_does(value):
             assert torch.equal(ours[name].isinf(), theirs[name].isinf()), name
 
 
+@native
+@pytest.mark.parametrize("isa", [*_library.isas(), "cuda"])
+def test_without_momentum_a_gradient_counts_whole_however_large_the_one_before(isa):
+    grads = [[torch.full((33,), 1e8)], [torch.linspace(0.5, 1, 33)]]
+    with simt.cuda_on_cpu() if isa == "cuda" else _library.use_isa(isa):
+        ours = train(AdamW, [torch.zeros(33)], grads, betas=(0.0, 0.9))
+    assert torch.equal(ours["exp_avg 0"], grads[1][0])
+
+
+@native
+def test_two_parameters_in_the_same_memory_are_torchs():
+    memory = torch.zeros(1 << 17)
+    optimizer = AdamW([torch.nn.Parameter(memory), torch.nn.Parameter(memory)])
+    for param in optimizer.param_groups[0]["params"]:
+        param.grad = torch.ones_like(memory)
+    assert optimizer.report() == [{"runs": "torch", "reason": "two tensors are in the same memory"}]
+    optimizer.step()
+    assert len(memory.unique()) == 1
+
+
 # ---- clip_grad_norm_
+
+
+@native
+def test_a_gradient_that_is_given_twice_is_torchs():
+    found = []
+    for function in (clip_grad_norm_, torch.nn.utils.clip_grad_norm_):
+        (param,) = with_grads([torch.ones(1 << 16)])
+        found.append((function([param, param], 1.0), param.grad))
+    assert all(map(torch.equal, *found))
+    with _choice.use_backend("fastft"), pytest.raises(RuntimeError, match="two tensors are in the same memory"):
+        clip_grad_norm_([param, param], 1.0)
 
 
 def with_grads(grads, place=error.guard):

@@ -78,8 +78,9 @@ template <class T, class W>
 void adamw(const AdamW<T, W>& a, const Host& host) {
   using Acc = Compute<W>;
   const Acc factor = (a.factor ? *a.factor : Acc(1)) * (a.maximize ? Acc(-1) : Acc(1));
-  const Acc beta2 = Acc(a.beta2), rest1 = Acc(1 - a.beta1), rest2 = Acc(1 - a.beta2), eps = Acc(a.eps),
-            decay = Acc(a.lr * a.weight_decay);
+  const Acc beta1 = Acc(a.beta1), beta2 = Acc(a.beta2), rest1 = Acc(1 - a.beta1), rest2 = Acc(1 - a.beta2),
+            eps = Acc(a.eps), decay = Acc(a.lr * a.weight_decay);
+  const bool near_m = a.beta1 > 0.5;  // else m + (g' - m) would lose a g' far smaller than m
   Chunks(a.sizes, a.tensors, host).for_each(host, [&](int64_t, const Chunks::Chunk& chunk) {
     const double t = a.steps[chunk.tensor];
     const Acc rate = Acc(a.lr / (1 - ::pow(a.beta1, t))), unbias = Acc(1 / __builtin_sqrt(1 - ::pow(a.beta2, t)));
@@ -88,7 +89,7 @@ void adamw(const AdamW<T, W>& a, const Host& host) {
     for_lanes<Acc>(chunk.size, [&](int64_t j, auto load, auto store) {
       const Vec<Acc> gj = load(g + j) * factor, pj = load(p + j);
       Vec<Acc> mj = load(m + j), vj = load(v + j);
-      mj += rest1 * (gj - mj);
+      mj = near_m ? mj + rest1 * (gj - mj) : gj + beta1 * (mj - gj);
       vj = beta2 * vj + rest2 * (gj * gj);
       Vec<Acc> change = rate * mj / (sqrt(vj) * unbias + eps);
       if (decay != 0) change += decay * pj;

@@ -59,12 +59,13 @@ __global__ void adamw_kernel(Tensors tensors, const Statistic<W>* scale, double 
   W* const v = reinterpret_cast<W*>(tensors.v[chunk.tensor]);
   const Acc factor = (scale ? Acc(*scale) : Acc(1)) * (maximize ? Acc(-1) : Acc(1));
   const Acc rate = Acc(tensors.rate[chunk.tensor]), unbias = Acc(tensors.unbias[chunk.tensor]);
-  const Acc decay = Acc(weight_decay), b2 = Acc(beta2), rest1 = Acc(1 - beta1), rest2 = Acc(1 - beta2), e = Acc(eps);
+  const Acc decay = Acc(weight_decay), b1 = Acc(beta1), b2 = Acc(beta2), rest1 = Acc(1 - beta1), rest2 = Acc(1 - beta2),
+            e = Acc(eps);
 #pragma unroll 4
   for (int64_t j = chunk.begin + threadIdx.x; j < chunk.end; j += kThreads) {
     const Acc gj = Acc(to_float(g[j])) * factor, pj = Acc(to_float(p[j]));
     Acc mj = Acc(to_float(m[j])), vj = Acc(to_float(v[j]));
-    mj += rest1 * (gj - mj);
+    mj = beta1 > 0.5 ? mj + rest1 * (gj - mj) : gj + b1 * (mj - gj);  // from the nearer end, as in cpu/adamw.cpp
     vj = b2 * vj + rest2 * (gj * gj);
     Acc change = rate * mj / (sqrt(vj) * unbias + e);
     if (decay != 0) change += decay * pj;

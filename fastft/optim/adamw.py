@@ -190,7 +190,7 @@ def _why_not_gradients(params, grads):
     for dtype, grad_dtype in set(zip(map(_DTYPE, params), map(_DTYPE, grads), strict=True)):
         if grad_dtype != dtype and (dtype != torch.float32 or grad_dtype == torch.float64):
             return f"a gradient is {grad_dtype}, its parameter {dtype}"
-    return _choice.unsupported(*clip.one_of_each(params), *clip.one_of_each(grads))
+    return _choice.unsupported(*clip.one_of_each(params), *clip.one_of_each(grads)) or clip.why_not_apart(params)
 
 
 def _why_not_state(params, exp_avgs, exp_avg_sqs, steps):

@@ -47,7 +47,15 @@ def unsupported(grads):
     """A sentence if our kernels cannot take these gradients, else None."""
     if torch.compiler.is_compiling():
         return "torch.compile makes its own kernels for many tensors"
-    return _choice.unsupported(*one_of_each(grads)) if grads else "there are no gradients"
+    if not grads:
+        return "there are no gradients"
+    return _choice.unsupported(*one_of_each(grads)) or why_not_apart(grads)
+
+
+def why_not_apart(tensors):
+    """A sentence if two tensors are in one place, where two threads would write at once, else None."""
+    places = [tensor.data_ptr() for tensor in tensors if tensor.numel()]
+    return None if len(set(places)) == len(places) else "two tensors are in the same memory"
 
 
 _KIND = operator.attrgetter("__class__", "device", "dtype", "layout")
