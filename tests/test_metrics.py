@@ -90,6 +90,9 @@ def test_kernels_are_told_by_kind_and_reason():
     told = ["fastft's in 1 of 5 modules", "PyTorch's in 2 Embedding, 1 Tanh: why", "PyTorch's in 1 Linear: not now"]
     assert lines.kernels_lines(report) == told
     assert lines.kernels_lines(None) == ["PyTorch's (stock=True)"]
+    kinds = [Line(str(index), f"Kind{index}OfModule", "a reason of some words") for index in range(20)]
+    folded = lines.kernels_fact(Report("Model", tuple(kinds), (), None)).split("\n")
+    assert len(folded) > 3 and max(map(len, folded)) <= lines.WIDTH
 
 
 @pytest.mark.parametrize("count", [1, 2])

@@ -60,6 +60,12 @@ def kernels_lines(report: Report | None) -> list[str]:
     return lines
 
 
+def kernels_fact(report: Report | None) -> str:
+    """The same for a screen, folded in pipes too: a model may hold many kinds of modules."""
+    folded = (textwrap.wrap(line, WIDTH, subsequent_indent="  ") for line in kernels_lines(report))
+    return "\n".join(part for parts in folded for part in parts)
+
+
 def class_lines(metrics: dict[str, Any]) -> list[str]:
     """Precision, recall and F1 of each class and their means, then for a few classes the confusion matrix."""
     keys, names = ("precision", "recall", "f1"), list(metrics["per_class"])

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from fastft import environment
 from fastft.models.report import Report
 from fastft.training.data import Examples
-from fastft.training.lines import SHOWN_LABELS, class_lines, fact_line, kernels_lines, short
+from fastft.training.lines import SHOWN_LABELS, class_lines, fact_line, kernels_fact, short
 from fastft.training.preprocess import Prepared
 from fastft.training.tokens import LengthGroupedSampler, Tokens, batches, padding_share
 
@@ -98,7 +98,7 @@ def facts(
         "dtype": options["dtype"]
         if gain is None
         else f"float32; in bfloat16 a linear layer runs {gain:.1f}x as fast here",
-        "kernels": "\n".join(kernels_lines(kernels)),
+        "kernels": kernels_fact(kernels),
         **({"columns": columns} if columns else {}),
         "cleaned": "\n".join(cleaning.lines()),
         "data": f"{len(parts[0]):,} examples to train on, {len(parts[1]):,} to validate",

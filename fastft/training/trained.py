@@ -128,9 +128,9 @@ class Trained:
     def kernels(self) -> str:
         """Whose kernels run where, and why."""
         import fastft
-        from fastft.training.lines import kernels_lines
+        from fastft.training.lines import kernels_fact
 
-        return "\n".join(kernels_lines(None if self.stock else fastft.report(self.model)))
+        return kernels_fact(None if self.stock else fastft.report(self.model))
 
 
 def load(known: Description, max_length: int | None, stock: bool) -> Trained:
