@@ -59,7 +59,7 @@ class Predictions:
         longest = width_of([label for found in self.top for label, _ in found])
         for text, found in zip(self.texts, self.top, strict=True):
             names = "  ".join(f"{left(label, longest)} {score:.4f}" for label, score in found)
-            yield f"{names}  {short(text, max(width - cell_len(names) - 2, 8))}"
+            yield f"{names}  {short(text, max(width - cell_len(names) - 2, 8))}".rstrip()
 
     def __str__(self) -> str:
         shown = Predictions(self.texts[:SHOWN], self.top[:SHOWN])
