@@ -146,7 +146,10 @@ def test_a_folder_that_is_not_empty_is_refused_at_once(tmp_path):
     ("options", "message"),
     [
         (("--output", "{job}/data.csv"), "--output '{job}/data.csv' is a file, not a folder"),
-        (("--output", "{job}/data.csv/under"), "{job}/data.csv/under: Not a directory"),
+        (
+            ("--output", "{job}/data.csv/under"),
+            "--output '{job}/data.csv/under' cannot be made: {job}/data.csv",
+        ),
         (("--output", "/proc/fastft/output"), "/proc/fastft: No such file or directory"),
         (("--model", "{job}/nowhere"), "--model '{job}/nowhere' cannot be loaded: "),
         (("--label", "nowhere"), "{job}/data.csv has no column 'nowhere'"),

@@ -129,6 +129,9 @@ class Layer(encoder.Layer):
             return f"its feed-forward half runs by itself: {why}"
         return None
 
+    def _fastft_arguments(self):
+        return self.attention._fastft_arguments(), FEED_FORWARD.arguments(self)
+
     def _fastft_forward(
         self,
         hidden_states,
@@ -139,7 +142,7 @@ class Layer(encoder.Layer):
         **kwargs,
     ):
         if self._fastft_why_not() is None and cache is None:
-            attention, feed_forward = self.attention._fastft_arguments(), FEED_FORWARD.arguments(self)
+            attention, feed_forward = self._fastft_arguments()
             if encoder.runs_here(hidden_states, attention_mask, (*attention[0], *feed_forward[0])):
                 return encoder.run(hidden_states, attention_mask, attention, feed_forward, self._fastft_memory())
         return self._fastft_by_modules(

@@ -50,10 +50,13 @@ class TransformerBlock(encoder.Layer, modeling_distilbert.TransformerBlock):
             return f"attention: {why}"
         return ATTENTION.why_not(self) or FEED_FORWARD.why_not(self)
 
+    def _fastft_arguments(self):
+        attention = ATTENTION.arguments(self, self.attention.n_heads, self.attention.scaling)
+        return attention, FEED_FORWARD.arguments(self)
+
     def _fastft_forward(self, hidden_states, attention_mask=None, **kwargs):
         if self._fastft_why_not() is None:
-            attention = ATTENTION.arguments(self, self.attention.n_heads, self.attention.scaling)
-            feed_forward = FEED_FORWARD.arguments(self)
+            attention, feed_forward = self._fastft_arguments()
             if encoder.runs_here(hidden_states, attention_mask, (*attention[0], *feed_forward[0])):
                 return encoder.run(hidden_states, attention_mask, attention, feed_forward, self._fastft_memory())
         return self._fastft_by_modules(super().forward, hidden_states, attention_mask, **kwargs)

@@ -264,9 +264,11 @@ def _all_whole(layers, hidden_states):
         sharded = is_sharded(layer)
         if not isinstance(layer, Swapped) or layer._fastft_why_not() or (not sharded and watched(layer)):
             return False
-        # Parameters of a sharded layer are there only while it runs.
-        if not sharded and not runs_here(hidden_states, None, tuple(layer.parameters())):
-            return False
+        # Parameters of a sharded layer are there only while it runs; DataParallel's replicas have none by that name.
+        if not sharded:
+            attention, feed_forward = layer._fastft_arguments()
+            if not runs_here(hidden_states, None, (*attention[0], *feed_forward[0])):
+                return False
     return len(layers) > 0
 
 
