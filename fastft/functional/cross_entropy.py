@@ -45,14 +45,14 @@ def cross_entropy(input, target, weight=None, ignore_index=-100, reduction="mean
             if _is_plain(input, target, weight, reduction):
                 dtype, why_not = input.dtype, _choice.unavailable()
             else:
-                classes, dtype = _check(*arguments[:5])
+                classes, dtype = check(*arguments[:5])
                 why_not = _why_not(input, target, weight, classes)
             ours = _choice.runs("cross_entropy", why_not)
         return _run(*arguments, dtype) if ours else reference(*arguments)
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
         failure = error
     try:
-        classes, _ = _check(*arguments[:5])
+        classes, _ = check(*arguments[:5])
         raise_if_out_of_range(target, ignore_index, classes)
         raise failure
     finally:
@@ -67,7 +67,7 @@ def reference(input, target, weight=None, ignore_index=-100, reduction="mean", l
 
 
 def _is_plain(input, target, weight, reduction):
-    """Whether this is a usual call on the CPU, in which there is nothing to complain of: a third of :func:`_check`."""
+    """Whether this is a usual call on the CPU, in which there is nothing to complain of: a third of :func:`check`."""
     return (
         weight is None
         and _choice.plain(input)
@@ -82,7 +82,7 @@ def _is_plain(input, target, weight, reduction):
     )
 
 
-def _check(input, target, weight, ignore_index, reduction):
+def check(input, target, weight, ignore_index, reduction):
     """Raises, by PyTorch's types, for what a user can get wrong; returns the number of classes and the loss's dtype."""
     for name, tensor in (("input", input), ("target", target), ("weight", weight)):
         if not isinstance(tensor, torch.Tensor) and not (tensor is None and name == "weight"):

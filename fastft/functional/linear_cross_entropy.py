@@ -7,8 +7,9 @@ import torch
 
 from fastft.functional import _autograd, _choice
 from fastft.functional.cross_entropy import backward as loss_backward
-from fastft.functional.cross_entropy import cross_entropy, raise_if_out_of_range
+from fastft.functional.cross_entropy import check as check_loss
 from fastft.functional.cross_entropy import forward as loss_forward
+from fastft.functional.cross_entropy import raise_if_out_of_range
 from fastft.functional.linear_act import backward as linear_backward
 from fastft.functional.linear_act import forward as linear_forward
 from fastft.functional.linear_act import rounds_input
@@ -49,7 +50,7 @@ def linear_cross_entropy(
     """
     options = {"linear_bias": linear_bias, "weight": weight, "reduction": reduction}
     options |= {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
-    cast = _check(input, linear_weight, target, linear_bias, weight, reduction, label_smoothing)
+    cast = _check(input, linear_weight, target, linear_bias, weight, ignore_index, reduction, label_smoothing)
     dtype = cast or input.dtype
     why_not = _why_not(input, linear_weight, target, linear_bias, weight, dtype)
     if not _choice.runs("linear_cross_entropy", why_not, _slower(input, linear_weight)):
@@ -99,7 +100,7 @@ def reference(
     )
 
 
-def _check(input, linear_weight, target, linear_bias, weight, reduction, label_smoothing):
+def _check(input, linear_weight, target, linear_bias, weight, ignore_index, reduction, label_smoothing):
     """Raises for what a user can get wrong; returns the dtype that autocast asks for, or None."""
     op = "linear_cross_entropy"
     tensors = {"input": input, "linear_weight": linear_weight, "target": target}
@@ -120,10 +121,14 @@ def _check(input, linear_weight, target, linear_bias, weight, reduction, label_s
     for name in ("linear_weight", "linear_bias"):
         if tensors[name] is not None and tensors[name].dtype != input.dtype and cast is None:
             raise ValueError(f"{op}: {name} is {tensors[name].dtype}, input {input.dtype}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise RuntimeError(f"{op}: label_smoothing is {label_smoothing}, must be in [0, 1]")
     if input.dim() == 2:  # what is wrong with the rest is cross_entropy's to say, of logits without numbers
-        logits = torch.empty((len(input), len(linear_weight)), dtype=cast or input.dtype, device="meta")
-        meta = (None if tensor is None else tensor.to("meta") for tensor in (target, weight))
-        cross_entropy(logits, *meta, reduction=reduction, label_smoothing=label_smoothing)
+        logits = torch.empty(
+            (len(input), len(linear_weight)), dtype=torch.float32 if cast else input.dtype, device="meta"
+        )
+        target, weight = (None if tensor is None else tensor.detach().to("meta") for tensor in (target, weight))
+        check_loss(logits, target, weight, ignore_index, reduction)
     return cast
 
 
@@ -154,7 +159,7 @@ def _losses(input, linear_weight, linear_bias, target, weight, dtype, options):
 def _chunks(input, linear_weight, dtype):
     """Slices of rows whose logits fit."""
     rows = max(64, LOGITS_BYTES // (len(linear_weight) * dtype.itemsize))
-    return [slice(start, min(start + rows, len(input))) for start in range(0, len(input), rows)]
+    return [slice(start, min(start + rows, len(input))) for start in range(0, max(len(input), 1), rows)]
 
 
 def _forward(input, linear_weight, linear_bias, target, weight, dtype, options, keep):
@@ -183,10 +188,6 @@ def _backward(dtype, options, stats, target, weight, wanted, grad_output, input,
         for total, part in ((grad_weight, own[1]), (grad_bias, own[2])):
             if total is not None:
                 total.copy_(part) if index == 0 else total.add_(part)
-    if len(input) == 0:
-        for total in (grad_weight, grad_bias):
-            if total is not None:
-                total.zero_()
     return grads
 
 
