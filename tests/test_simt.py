@@ -42,8 +42,9 @@ def small(spec, dtype):
 @pytest.mark.parametrize("spec", SPECS, ids=repr)
 def test_every_small_case_is_within_the_error_budget(spec, dtype, gpu):
     error.check_op(spec, small(spec, dtype), dtype)
-    suffix = simt.SUFFIXES[dtype, dtype]
-    assert {f"{spec.kernel}_forward_{suffix}", f"{spec.kernel}_backward_{suffix}"} <= set(gpu)
+    # With float32 parameters in place of half-precision ones where an op has it so.
+    suffixes = [simt.SUFFIXES[dtype, other] for other in (dtype, torch.float32) if (dtype, other) in simt.SUFFIXES]
+    assert any({f"{spec.kernel}_{way}_{suffix}" for way in ("forward", "backward")} <= set(gpu) for suffix in suffixes)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=repr)
