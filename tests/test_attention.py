@@ -4,7 +4,7 @@ import itertools
 import re
 import sys
 
-import numpy as np
+import philox
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
@@ -54,22 +54,7 @@ def assert_same_bits(ours, expected):
 
 
 def numpy_factors(seed, use, p, rows, cols):
-    """What csrc/common/philox.h says, in NumPy: (rows, cols)."""
-    row, col = np.indices((rows, cols), dtype=np.uint64)
-    groups = np.uint64(-(-cols // 128))
-    call = (row * groups + col // 128) * np.uint64(16) + col % 16
-    low, shift = np.uint64(0xFFFFFFFF), np.uint64(32)
-    c = [call & low, call >> shift, np.full_like(call, use), np.zeros_like(call)]
-    key = [np.uint64(seed % 2**32), np.uint64(seed % 2**64 >> 32)]
-    for _ in range(10):
-        p0, p1 = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
-        c = [(p1 >> shift) ^ c[1] ^ key[0], p1 & low, (p0 >> shift) ^ c[3] ^ key[1], p0 & low]
-        key = [(key[0] + np.uint64(0x9E3779B9)) & low, (key[1] + np.uint64(0xBB67AE85)) & low]
-    slot = col % 128 // 16
-    word = np.choose((slot // 2).astype(int), c)
-    number = word >> np.uint64(16) * (slot % 2) & np.uint64(0xFFFF)
-    threshold = round(65536 * p)
-    return torch.from_numpy(np.where(number >= threshold, 65536 / (65536 - threshold), 0.0))
+    return torch.from_numpy(philox.factors(seed, use, round(65536 * p), rows, cols))
 
 
 def seed_of(manual_seed):
