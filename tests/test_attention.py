@@ -72,7 +72,7 @@ def test_what_is_dropped_is_what_the_rule_says(keys, each_isa):
 
 
 def test_what_is_dropped_of_packed_sequences_is_what_the_rule_says(each_isa):
-    lengths, N, longest = (40, 150, 1, 130), 3, 150
+    lengths, N, longest = (32, 256, 1, 128), 3, 256  # powers of two: a weight of 1 / length is exact
     T, identity = sum(lengths), torch.zeros(sum(lengths), 3, 256)
     for start, end in itertools.pairwise(starts(*lengths).tolist()):
         identity[start:end, :, : end - start] = torch.eye(end - start)[:, None]
@@ -83,7 +83,7 @@ def test_what_is_dropped_of_packed_sequences_is_what_the_rule_says(each_isa):
     for start, end in itertools.pairwise(starts(*lengths).tolist()):
         length = end - start
         expected = factors[:, start:end, :length] / length
-        torch.testing.assert_close(found[:, start:end, :length], expected, rtol=torch.finfo().eps, atol=0)
+        assert torch.equal(found[:, start:end, :length], expected)
 
 
 def composition(query, key, value, factors, scale, mask=None, causal=False):

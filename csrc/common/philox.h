@@ -17,7 +17,7 @@ constexpr int kDropoutLanes = 16, kDropoutGroup = 8 * kDropoutLanes;
 FASTFT_INLINE uint64_t wide_product(uint64_t x, uint32_t factor) { return (x & 0xffffffffu) * factor; }
 
 // U: uint64_t or a vector of them. Only the lower halves count, of the counter and of what it becomes: the product takes no more,
-// and masking the upper ones away would cost a third.
+// and masking the upper ones away would be more operations.
 template <class U>
 FASTFT_INLINE void philox(U (&c)[4], uint64_t key) {
   uint32_t key0 = uint32_t(key), key1 = uint32_t(key >> 32);

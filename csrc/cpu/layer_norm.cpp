@@ -15,10 +15,7 @@ namespace {
 constexpr int64_t kRows = 8;  // of a task of the forward
 
 // Room for a row and a register more.
-template <class Acc>
-int64_t padded(int64_t H) {
-  return (dropout_groups(H) + 1) * kDropoutGroup;
-}
+inline int64_t padded(int64_t H) { return (dropout_groups(H) + 1) * kDropoutGroup; }
 
 }  // namespace
 
@@ -26,7 +23,7 @@ template <class T, class W>
 void layer_norm_forward(const LayerNormForward<T, W>& p, const Host& host) {
   using Acc = Compute<W>;
   constexpr int L = kLanes<Acc>;
-  const int64_t H = p.H, pitch = padded<Acc>(H);
+  const int64_t H = p.H, pitch = padded(H);
   const Dropout dropout(p.seed, p.threshold, p.use);
   Acc* const buffers = scratch<Acc>(host, 2 * pitch * host.threads);
   parallel_for(host, ceil_div(p.M, kRows), [&](int64_t task, int worker) {
@@ -70,7 +67,7 @@ void layer_norm_forward(const LayerNormForward<T, W>& p, const Host& host) {
 template <class T, class W>
 void layer_norm_backward(const LayerNormBackward<T, W>& p, const Host& host) {
   using Acc = Compute<W>;
-  const int64_t H = p.H, pitch = padded<Acc>(H), chunks = ceil_div(p.M, kSumRows);
+  const int64_t H = p.H, pitch = padded(H), chunks = ceil_div(p.M, kSumRows);
   const Dropout dropout(p.dx ? p.seed : nullptr, p.threshold, p.use);
   Acc* const buffers = scratch<Acc>(host, 3 * pitch * host.threads);
   Acc* const sums = scratch<Acc>(host, chunks * 2 * H);

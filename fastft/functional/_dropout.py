@@ -3,6 +3,7 @@
 import torch
 
 LANES, GROUP = 16, 128
+NONE = (None, 0, 0)  # no dropout, as (seed, threshold, use)
 
 
 def threshold(p):

@@ -36,7 +36,7 @@ def dropout_add_layer_norm(input, residual, weight, bias, p=0.1, training=True, 
     if not _choice.runs("dropout_add_layer_norm", why_not, slower):
         return reference(input, residual, weight, bias, p, training, eps)
     drops = _dropout.threshold(p) if training else 0
-    dropout = (_dropout.draw_seed(input.device), drops, 0) if drops else None
+    dropout = (_dropout.draw_seed(input.device), drops, 0) if drops else _dropout.NONE
     result = torch.promote_types(input.dtype, residual.dtype)
     parameter = weight if weight is not None else bias
     compute = torch.promote_types(result, result if parameter is None else parameter.dtype)

@@ -168,9 +168,9 @@ class _Run(NamedTuple):
             x = input
             if first:  # what the attention half returned
                 x, *_ = norm_forward(
-                    kept[4], None, first.norm_weight, first.norm_bias, self.attention.eps, _NO_DROPOUT, keep=False
+                    kept[4], None, first.norm_weight, first.norm_bias, self.attention.eps, _dropout.NONE, keep=False
                 )
-            wants_x = wanted[0] or (first is not None and any(wanted))
+            wants_x = any(wanted) if first else wanted[0]
             grad, grads_second = self._feed_forward_backward(seed, kept[-4:], wants_x, of_second, grad, x, second)
         if first:
             grad, grads_first = self._attend_backward(
@@ -351,13 +351,10 @@ class _Run(NamedTuple):
         return output
 
 
-_NO_DROPOUT = (None, 0, 0)
-
-
 def _drop(seed, p, use):
     """Dropout of probability p as layer_norm.py takes it."""
     threshold = _dropout.threshold(p)
-    return (seed, threshold, use) if threshold else _NO_DROPOUT
+    return (seed, threshold, use) if threshold else _dropout.NONE
 
 
 def _heads(rows, parts, heads, layout):

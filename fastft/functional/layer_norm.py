@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from fastft.functional import _autograd, _choice
+from fastft.functional import _autograd, _choice, _dropout
 
 ROWS_OF_PARTIAL_SUMS = 64  # kSumRows in csrc/kernels.h
 
@@ -49,8 +49,11 @@ def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
 
 def reference(input, normalized_shape, weight=None, bias=None, eps=1e-5):
     """The same in PyTorch's function."""
-    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
-    return torch.nn.functional.layer_norm(input, shape, weight, bias, eps)
+    return torch.nn.functional.layer_norm(input, _shape(normalized_shape), weight, bias, eps)
+
+
+def _shape(normalized_shape):
+    return (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
 
 
 def _check(input, normalized_shape, weight, bias):
@@ -58,7 +61,7 @@ def _check(input, normalized_shape, weight, bias):
     for name, tensor in (("input", input), ("weight", weight), ("bias", bias)):
         if not isinstance(tensor, torch.Tensor) and (tensor is not None or name == "input"):
             raise TypeError(f"layer_norm: {name} must be a tensor, got {type(tensor).__name__}")
-    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    shape = _shape(normalized_shape)
     if not shape or tuple(input.shape[-len(shape) :]) != shape:
         raise ValueError(f"layer_norm: normalized_shape is {shape}, input {tuple(input.shape)} needs to end in it")
     check_parameters("layer_norm", input, shape, weight, bias)
@@ -83,28 +86,26 @@ def check_parameters(op, input, shape, weight, bias):
 
 
 def _slower(input):
-    """PyTorch's is as fast for what fits into a core's cache, and its call costs less."""
+    """The shipped rule, not measured yet: small inputs, where a call of PyTorch's costs less."""
     return input.is_cpu and input.numel() < 1 << 15
 
 
-def normalize(rows, residual, weight, bias, eps, dropout=None):
+def normalize(rows, residual, weight, bias, eps, dropout=_dropout.NONE):
     """LayerNorm of ``dropout(rows) + residual``, all dense or not, by our kernel.
 
     Args:
         rows: ``(M, H)``.
         residual: ``(M, H)`` or None; its dtype, the parameters' and the output's are the same.
-        dropout: None, or (seed, threshold, use) of _dropout.py.
+        dropout: (seed, threshold, use) of _dropout.py.
     Returns: ``(M, H)``.
     """
     if _autograd.needs_grad(rows, residual, weight, bias):
-        return _Normalize.apply(rows, residual, weight, bias, eps, *(dropout or (None, 0, 0)))
-    return forward(rows, residual, weight, bias, eps, dropout or (None, 0, 0), keep=False)[0]
+        return _Normalize.apply(rows, residual, weight, bias, eps, *dropout)
+    return forward(rows, residual, weight, bias, eps, dropout, keep=False)[0]
 
 
 def composition(rows, residual, weight, bias, eps, dropout):
     """What :func:`normalize` computes in PyTorch's functions, with the elements dropped that it drops."""
-    from fastft.functional import _dropout
-
     seed, threshold, use = dropout
     if seed is not None:
         rows = rows * _dropout.factors(seed, use, threshold, *rows.shape).to(rows.dtype)

@@ -141,10 +141,8 @@ class Layer(encoder.Layer):
         cache=None,
         **kwargs,
     ):
-        if self._fastft_why_not() is None and cache is None:
-            attention, feed_forward = self._fastft_arguments()
-            if encoder.runs_here(hidden_states, attention_mask, (*attention[0], *feed_forward[0])):
-                return encoder.run(hidden_states, attention_mask, attention, feed_forward, self._fastft_memory())
+        if cache is None and (output := self._fastft_whole(hidden_states, attention_mask)) is not None:
+            return output
         return self._fastft_by_modules(
             *(super().forward, hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask),
             **(kwargs | {"cache": cache}),
@@ -160,9 +158,6 @@ class Layer(encoder.Layer):
 
 class Encoder(encoder.Encoder):
     _fastft_output = BaseModelOutputWithPastAndCrossAttentions
-
-    def _fastft_heads(self):
-        return self.config.num_attention_heads
 
 
 class Pooler(Swapped):

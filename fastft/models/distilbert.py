@@ -55,18 +55,13 @@ class TransformerBlock(encoder.Layer, modeling_distilbert.TransformerBlock):
         return attention, FEED_FORWARD.arguments(self)
 
     def _fastft_forward(self, hidden_states, attention_mask=None, **kwargs):
-        if self._fastft_why_not() is None:
-            attention, feed_forward = self._fastft_arguments()
-            if encoder.runs_here(hidden_states, attention_mask, (*attention[0], *feed_forward[0])):
-                return encoder.run(hidden_states, attention_mask, attention, feed_forward, self._fastft_memory())
+        if (output := self._fastft_whole(hidden_states, attention_mask)) is not None:
+            return output
         return self._fastft_by_modules(super().forward, hidden_states, attention_mask, **kwargs)
 
 
 class Transformer(encoder.Encoder, modeling_distilbert.Transformer):
     _fastft_output = BaseModelOutput
-
-    def _fastft_heads(self):
-        return self.layer[0].attention.n_heads
 
 
 class DistilBertModel(encoder.Model, modeling_distilbert.DistilBertModel):

@@ -33,13 +33,24 @@ class Layer(Swapped):
     def gradient_checkpointing(self, value):
         vars(self)["gradient_checkpointing"] = value
 
-    def _fastft_memory(self):
-        return "lowest" if vars(self).get("gradient_checkpointing") else self._fastft_activation_memory
+    def _fastft_whole(self, hidden_states, attention_mask):
+        """The output by one node; None where the modules inside have to run one by one."""
+        planned = isinstance(attention_mask, node.Batch)  # then plan has asked all this
+        if not planned and self._fastft_why_not() is not None:
+            return None
+        attention, feed_forward = self._fastft_arguments()
+        if not planned and not runs_here(hidden_states, attention_mask, (*attention[0], *feed_forward[0])):
+            return None
+        memory = "lowest" if self._fastft_checkpoints() else self._fastft_activation_memory
+        return run(hidden_states, attention_mask, attention, feed_forward, memory)
+
+    def _fastft_checkpoints(self):
+        return vars(self).get("gradient_checkpointing", False)
 
     def _fastft_by_modules(self, forward, *args, **kwargs):
         """``forward``, in which the modules inside run one by one, checkpointed if that was asked for."""
         forward = functools.partial(forward, **kwargs)
-        if vars(self).get("gradient_checkpointing") and self.training and torch.is_grad_enabled():
+        if self._fastft_checkpoints() and self.training and torch.is_grad_enabled():
             return self._gradient_checkpointing_func(forward, *args)
         return forward(*args)
 
@@ -57,20 +68,13 @@ class AttentionHalf(NamedTuple):
     called: tuple[str, ...]  # modules whose forward calls the others
 
     def why_not(self, module):
-        """A sentence if the half has to be done by its modules, one by one, else None."""
-        for name in (self.query, self.key, self.value, self.dense):
-            linear = _get(module, name)
-            if why := why_not_linear(linear):
-                return f"{name} {why}"
-            if linear.bias is None:
-                return f"{name} has no bias"
-        weights_dropout = _get(module, self.weights_dropout)
-        if type(weights_dropout) is not torch.nn.Dropout:
-            return f"{self.weights_dropout} is {type(weights_dropout).__qualname__}, not torch.nn.Dropout"
-        for name in (self.weights_dropout, *self.called):
-            if why := watched(_get(module, name)):
-                return f"{name} {why}"
-        return why_not_normalized(self.dropout and _get(module, self.dropout), _get(module, self.norm))
+        """A sentence if the half has to be done by its modules, one by one, else None; the module that attends has been
+        asked for its own reasons."""
+        return (
+            _why_not_linears(module, self.query, self.key, self.value, self.dense)
+            or _why_not_skipped(module, self.called)
+            or why_not_normalized(self.dropout and _get(module, self.dropout), _get(module, self.norm))
+        )
 
     def arguments(self, module, heads, scale):
         """What :func:`encoder_layer` takes."""
@@ -97,20 +101,16 @@ class FeedForwardHalf(NamedTuple):
 
     def why_not(self, module):
         """A sentence if the half has to be done by its modules, one by one, else None."""
-        inner, activation, dense = (_get(module, name) for name in (self.inner, self.activation, self.dense))
-        if why := why_not_fused(inner, activation):
+        activation = _get(module, self.activation)
+        if why := why_not_fused(_get(module, self.inner), activation):
             return why
         if activation_name(activation) == "identity":
             return f"{self.activation} does nothing"
-        if why := why_not_linear(dense):
-            return f"{self.dense} {why}"
-        for name, linear in ((self.inner, inner), (self.dense, dense)):
-            if linear.bias is None:
-                return f"{name} has no bias"
-        for name in self.called:
-            if why := watched(_get(module, name)):
-                return f"{name} {why}"
-        return why_not_normalized(_get(module, self.dropout), _get(module, self.norm))
+        return (
+            _why_not_linears(module, self.inner, self.dense)
+            or _why_not_skipped(module, self.called)
+            or why_not_normalized(_get(module, self.dropout), _get(module, self.norm))
+        )
 
     def arguments(self, module):
         """What :func:`encoder_layer` takes."""
@@ -153,8 +153,6 @@ def padded(attention_mask, B, S, heads, dtype):
 
 def runs_here(hidden_states, attention_mask, parameters):
     """Whether a layer, or a half of it, runs as one node on these arguments of a call; else its modules decide."""
-    if isinstance(attention_mask, node.Batch):  # plan has asked
-        return True
     is_slower = hidden_states.is_cpu and hidden_states.shape[:-1].numel() < FEW_ROWS
     if _choice.backend() == "torch" or (_choice.backend() == "auto" and is_slower):
         return False
@@ -200,7 +198,7 @@ class Encoder(Swapped):
         handed = self._fastft_handed
         others = ("encoder_hidden_states", "encoder_attention_mask", "cache")
         if handed is not None and not args and all(kwargs.get(name) is None for name in others):
-            found = plan(self.layer, handed, hidden_states, attention_mask, self._fastft_heads())
+            found = plan(self.layer, handed, hidden_states, attention_mask)
             if found is not None:
                 return self._fastft_output(last_hidden_state=run_layers(self.layer, hidden_states, found))
         return super().forward(hidden_states, attention_mask, *args, **kwargs)
@@ -229,7 +227,7 @@ class Model(Swapped):
             del inner._fastft_handed
 
 
-def plan(layers, handed, hidden_states, attention_mask, heads):
+def plan(layers, handed, hidden_states, attention_mask):
     """The :class:`Plan` of one call, or None where there is nothing to leave out.
 
     Packing applies where each sequence's first token is there: who reads hidden states finds zeros at padding.
@@ -239,7 +237,6 @@ def plan(layers, handed, hidden_states, attention_mask, heads):
         handed: a :class:`Handed`; sequences can be packed where its mask is ``(B, S)``.
         hidden_states: ``(B, S, H)``, what the first layer gets.
         attention_mask: the mask that layers get otherwise.
-        heads: of the attention.
     """
     packs = handed.padding_free and handed.attention_mask is not None and handed.attention_mask.dim() == 2
     if not (packs or handed.first_only) or not _all_whole(layers, hidden_states):
@@ -255,7 +252,8 @@ def plan(layers, handed, hidden_states, attention_mask, heads):
             return Plan(batch, present.flatten().nonzero()[:, 0], handed.first_only)
     if not handed.first_only:
         return None
-    return Plan(padded(attention_mask, B, S, heads, hidden_states.dtype), None, True)
+    (_, options), _ = layers[0]._fastft_arguments()
+    return Plan(padded(attention_mask, B, S, options.heads, hidden_states.dtype), None, True)
 
 
 def _all_whole(layers, hidden_states):
@@ -301,6 +299,20 @@ def reading_first(model, readers):
         yield
     finally:
         del model._fastft_first_only
+
+
+def _why_not_linears(module, *paths):
+    for path in paths:
+        linear = _get(module, path)
+        if why := why_not_linear(linear):
+            return f"{path} {why}"
+        if linear.bias is None:
+            return f"{path} has no bias"
+    return None
+
+
+def _why_not_skipped(module, paths):
+    return next((f"{path} {why}" for path in paths if (why := watched(_get(module, path)))), None)
 
 
 def _get(module, path):

@@ -93,12 +93,12 @@ def restore(model):
     check_module("restore", model)
     swapped = {name: module for name, module in model.named_modules() if isinstance(module, Swapped)}
     if swapped and (sharded := sharded_modules(model)):
-        first = _shown(min(sharded))
+        first = shown(min(sharded))
         raise RuntimeError(f"restore: fully_shard was applied to {first} after optimize and cannot be undone")
     for name, module in swapped.items():
         if replaced(type(module)) is None:
             made = type(module).__name__
-            raise RuntimeError(f"restore: {_shown(name)} was made a {made} after optimize; undo that first")
+            raise RuntimeError(f"restore: {shown(name)} was made a {made} after optimize; undo that first")
     for module in swapped.values():
         _forget_options(module)
         module.__class__ = replaced(type(module))
@@ -151,5 +151,5 @@ def check_module(function, model):
         raise TypeError(f"{function}: model must be a torch.nn.Module, got {type(model).__name__}")
 
 
-def _shown(name):
+def shown(name):
     return repr(name) if name else "the model"

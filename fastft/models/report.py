@@ -10,7 +10,7 @@ from fastft import _library
 from fastft.environment import PRODUCTS
 from fastft.functional import _choice
 from fastft.functional.linear_act import shipped_rule as linear_act_rule
-from fastft.models.optimize import check_module, obstacles, sharded_modules
+from fastft.models.optimize import check_module, obstacles, sharded_modules, shown
 from fastft.models.swap import Swapped, adapter, known_base, replacement
 
 NOT_REPLACED = "fastft has no replacement for it"
@@ -107,13 +107,9 @@ def _notes(model):
         if not isinstance(module, Swapped):
             continue
         if getattr(module, "_fastft_padding_free", False):
-            yield f"padding: {_shown(name)} leaves it out if no first token is masked; hidden states there are zeros"
+            yield f"padding: {shown(name)} leaves it out if no first token is masked; hidden states there are zeros"
         if getattr(module, "_fastft_cls_only", False):
-            yield f"first tokens only: {_shown(name)} reads no others of the last layer, which computes no others"
-
-
-def _shown(name):
-    return name or "the model"
+            yield f"first tokens only: {shown(name)} reads no others of the last layer, which computes no others"
 
 
 def _split_number(name):

@@ -7,8 +7,6 @@ import copy
 import ctypes
 import functools
 import gc
-import importlib
-import importlib.util
 import random
 import statistics
 from collections import Counter
@@ -22,6 +20,7 @@ import torch
 import transformers
 
 import fastft
+from fastft import optim
 from fastft.testing import error, timing
 from fastft.testing.spec import KernelCalls
 
@@ -54,16 +53,12 @@ class Recipe:
 
 
 def variants() -> list[Variant]:
-    """Stock first; both train with torch's fused AdamW and clipping, a third with fastft.optim where it exists."""
-    found = [Variant(STOCK, prepare=lambda model: model), Variant(FASTFT, prepare=fastft.optimize)]
-    if _own_adamw() is not None:
-        found.append(Variant(OWN_OPTIMIZER, prepare=fastft.optimize, own_optimizer=True))
-    return found
-
-
-def _own_adamw() -> type | None:
-    exists = importlib.util.find_spec("fastft.optim") is not None
-    return getattr(importlib.import_module("fastft.optim"), "AdamW", None) if exists else None
+    """Stock first; both train with torch's fused AdamW and clipping, a third with fastft.optim."""
+    return [
+        Variant(STOCK, prepare=lambda model: model),
+        Variant(FASTFT, prepare=fastft.optimize),
+        Variant(OWN_OPTIMIZER, prepare=fastft.optimize, own_optimizer=True),
+    ]
 
 
 class Training:
@@ -83,7 +78,7 @@ class Training:
         options = {"lr": LEARNING_RATE, "weight_decay": WEIGHT_DECAY}
         self._clips_itself = variant.own_optimizer
         if variant.own_optimizer:
-            self.optimizer = _own_adamw()(self._parameters, max_grad_norm=CLIP, **options)
+            self.optimizer = optim.AdamW(self._parameters, max_grad_norm=CLIP, **options)
         else:
             self.optimizer = torch.optim.AdamW(self._parameters, fused=True, **options)
 
