@@ -206,17 +206,20 @@ def _pair(kept: Sequence[int] | None) -> str:
 def _conditions(results: Results) -> str:
     facts = results["conditions"]
     where = ", ".join(facts["gpus"]) if "--device cuda" in facts["command"] else facts["cpu"]
-    peaks = "; ".join(
-        f"{name}: {p['float32_per_s'] / 1e9:.0f} GFLOP/s float32, "
-        f"{max(p['float32_per_s'], p['bfloat16_per_s']) / 1e9:.0f} bfloat16, "
-        f"copy {p['copy_per_s'] / 1e9:.1f} GB/s"
-        for name, p in results["peaks"].items()
-    )
+    peaks = "; ".join(f"{name}: {_limits(rates)}" for name, rates in results["peaks"].items())
     measured = f"Peaks of the same run: {peaks}. Medians of interleaved rounds ± half the distance of the quartiles."
     return (
         f"{where}, {facts['threads']} threads; fastft {facts['fastft']}, torch {facts['torch']}, "
         f"transformers {facts['transformers']}; {facts['date']}; `{facts['command']}`\n{measured if peaks else ''}"
     )
+
+
+def _limits(rates: Mapping[str, float]) -> str:
+    single, half = rates["float32_per_s"], max(rates["float32_per_s"], rates["bfloat16_per_s"])
+    text = f"{single / 1e9:.0f} GFLOP/s float32, {half / 1e9:.0f} bfloat16"
+    if tile := rates.get("tile_float32_per_s"):
+        text += f" (a register tile in L1: {_percent(tile / single)}, {_percent(rates['tile_bfloat16_per_s'] / half)})"
+    return f"{text}, copy {rates['copy_per_s'] / 1e9:.1f} GB/s"
 
 
 # ---- plots

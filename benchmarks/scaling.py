@@ -77,23 +77,25 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-Product = tuple[int, int, int, bool]  # M, N, K; whether the second operand lies in memory as (K, N)
+Product = tuple[int, int, int, bool, bool]  # M, N, K; whether the operands lie in memory as (K, M) and (K, N)
 
 
 def product(path: str, tokens: int, inputs: int, outputs: int) -> Product:
     """The matrix product of one pass of a linear layer."""
     if path == "forward":
-        return tokens, outputs, inputs, False
-    return (tokens, inputs, outputs, True) if path == "grad input" else (outputs, inputs, tokens, True)
+        return tokens, outputs, inputs, False, False
+    if path == "grad input":
+        return tokens, inputs, outputs, False, True
+    return outputs, inputs, tokens, True, True
 
 
 def share(of: Product, dtype: str, threads: int, flops_per_s: float) -> dict[str, float]:
     """How a product is shared by so many threads, each of a rate of ``flops_per_s``."""
     phases = [tasks(of, dtype, threads, phase) for phase in (0, 1)]
     mean = sum(map(sum, phases)) / threads
-    M, N, K, _ = of
+    M, N, K, *_ = of
     parallel_s = 2 * M * N * K / flops_per_s / threads
-    serial_s = _ask_s(of, dtype, threads) - _ask_s((1, 1, 1, True), dtype, threads)  # less the call itself
+    serial_s = _ask_s(of, dtype, threads) - _ask_s((1, 1, 1, False, True), dtype, threads)  # less the call itself
     return {
         "tasks": len(phases[1]),
         "busiest": sum(finish(phase, threads) for phase in phases) / mean,
@@ -113,8 +115,8 @@ def tasks(of: Product, dtype: str, threads: int, phase: int) -> list[float]:
 
 
 def _ask(work: torch.Tensor, of: Product, dtype: str, threads: int, phase: int) -> int:
-    M, N, K, depth_major = of
-    return torch.ops.fastft.gemm_tasks(work, M, N, K, dtype == "bfloat16", depth_major, threads, phase)
+    M, N, K, *depth_major = of
+    return torch.ops.fastft.gemm_tasks(work, M, N, K, dtype == "bfloat16", *depth_major, threads, phase)
 
 
 def finish(work: Sequence[float], threads: int) -> float:

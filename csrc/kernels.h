@@ -269,6 +269,7 @@ namespace cpu {
 struct GemmQuery {
   int64_t M, N, K;
   bool is_bf16;        // else float
+  bool a_depth_major;  // A lies in memory as (K, M), else as (M, K)
   bool b_depth_major;  // B lies in memory as (K, N), else as (N, K)
   int threads;
 };
@@ -289,8 +290,11 @@ struct Kernels {
 #define FASTFT_X(name, Args) ByDtype<Args> name;
   FASTFT_KERNELS(FASTFT_X)
 #undef FASTFT_X
-  double (*peak_f32)(double seconds, const Host&);   // FLOP/s of the FMA units, all threads; cpu/peak.cpp
-  double (*peak_bf16)(double seconds, const Host&);  // FLOP/s of VDPBF16PS, 0 where it is not used
+  // FLOP/s of all threads, cpu/peak.cpp: of the FMA units, of VDPBF16PS (0 where it is not used), of the products' register tiles in L1
+  double (*peak_f32)(double seconds, const Host&);
+  double (*peak_bf16)(double seconds, const Host&);
+  double (*tile_f32)(double seconds, const Host&);
+  double (*tile_bf16)(double seconds, const Host&);
   int64_t (*gemm_tasks)(const GemmQuery&, int phase, double* work, int64_t capacity);  // cpu/gemm.h
 };
 

@@ -26,11 +26,11 @@ def test_tasks_are_taken_in_order_by_whoever_is_free():
 def test_the_parts_are_the_whole_whatever_the_number_of_threads(each_isa, dtype):
     """Tasks differ with the number of threads, what they compute together does not, but for copies of operands."""
     for size in SIZES:
-        packed = {round(sum(scaling.tasks((*size, True), dtype, threads, 0)), 6) for threads in THREADS}
+        packed = {round(sum(scaling.tasks((*size, False, True), dtype, threads, 0)), 6) for threads in THREADS}
         assert len(packed) == 1
-        alone = sum(scaling.tasks((*size, True), dtype, 1, 1))
+        alone = sum(scaling.tasks((*size, False, True), dtype, 1, 1))
         for threads in THREADS:
-            work = scaling.tasks((*size, True), dtype, threads, 1)
+            work = scaling.tasks((*size, False, True), dtype, threads, 1)
             assert min(work) > 0 and alone <= sum(work) * 1.000001 and sum(work) < 1.5 * alone + 1
 
 
@@ -44,15 +44,14 @@ def test_every_thread_of_a_large_machine_has_its_share(each_isa, path):
 
 
 def test_nothing_to_compute_is_no_task():
-    assert (
-        scaling.tasks((0, 5, 5, True), "float32", 4, 1) == [] and scaling.tasks((5, 0, 5, False), "float32", 4, 0) == []
-    )
+    assert scaling.tasks((0, 5, 5, False, True), "float32", 4, 1) == []
+    assert scaling.tasks((5, 0, 5, False, False), "float32", 4, 0) == []
 
 
 def test_the_three_products_of_a_layer():
-    assert scaling.product("forward", 100, 3, 7) == (100, 7, 3, False)
-    assert scaling.product("grad input", 100, 3, 7) == (100, 3, 7, True)
-    assert scaling.product("grad weight", 100, 3, 7) == (7, 3, 100, True)
+    assert scaling.product("forward", 100, 3, 7) == (100, 7, 3, False, False)
+    assert scaling.product("grad input", 100, 3, 7) == (100, 3, 7, False, True)
+    assert scaling.product("grad weight", 100, 3, 7) == (7, 3, 100, True, True)
 
 
 def test_the_command_prints_a_table(monkeypatch, capsys, tmp_path):
@@ -70,5 +69,5 @@ def test_the_command_prints_a_table(monkeypatch, capsys, tmp_path):
 
 def test_the_op_writes_no_further_than_it_may():
     work = torch.full((8,), -1.0, dtype=torch.float64)
-    count = torch.ops.fastft.gemm_tasks(work[:3], 4096, 768, 768, False, True, 64, 1)
+    count = torch.ops.fastft.gemm_tasks(work[:3], 4096, 768, 768, False, False, True, 64, 1)
     assert count > 8 and (work[:3] > 0).all() and (work[3:] == -1).all()

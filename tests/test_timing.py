@@ -76,6 +76,8 @@ def test_every_instruction_set_has_a_peak(isa):
     with _library.use_isa(isa):
         assert torch.ops.fastft.peak_f32(0.01) > 1e8
         assert (torch.ops.fastft.peak_bf16(0.01) > 1e8) == (isa == "avx512_bf16")
+        assert torch.ops.fastft.tile_f32(0.01) > 1e8
+        assert torch.ops.fastft.tile_bf16(0.01) > 1e8
 
 
 def test_a_run_has_at_least_five_windows(monkeypatch):

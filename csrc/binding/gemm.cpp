@@ -4,10 +4,10 @@
 namespace fastft::binding {
 namespace {
 
-int64_t gemm_tasks(Tensor work, int64_t M, int64_t N, int64_t K, bool is_bf16, bool b_depth_major, int64_t threads,
-                   int64_t phase) {
+int64_t gemm_tasks(Tensor work, int64_t M, int64_t N, int64_t K, bool is_bf16, bool a_depth_major, bool b_depth_major,
+                   int64_t threads, int64_t phase) {
   const int64_t capacity = work.numel();
-  const cpu::GemmQuery query{M, N, K, is_bf16, b_depth_major, int(threads < 1 ? 1 : threads)};
+  const cpu::GemmQuery query{M, N, K, is_bf16, a_depth_major, b_depth_major, int(threads < 1 ? 1 : threads)};
   return cpu::kernels().gemm_tasks(query, int(phase), pointer<double>(work, "work", {capacity}), capacity);
 }
 
@@ -15,8 +15,9 @@ int64_t gemm_tasks(Tensor work, int64_t M, int64_t N, int64_t K, bool is_bf16, b
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastft, m) {
   m.def(
-      "gemm_tasks(Tensor(a!) work, int M, int N, int K, bool is_bf16, bool b_depth_major, int threads, int phase) -> "
-      "int");
+      "gemm_tasks(Tensor(a!) work, int M, int N, int K, bool is_bf16, bool a_depth_major, bool b_depth_major, int "
+      "threads, "
+      "int phase) -> int");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastft, CPU, m) { m.impl("gemm_tasks", TORCH_BOX(&gemm_tasks)); }
 

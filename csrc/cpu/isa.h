@@ -100,6 +100,14 @@ inline Vec<uint32_t> round_bf16(Vec<float> x) {
 
 using HalfBits = typename VecOf<uint16_t, kVectorBytes / 2>::type;  // as many uint16_t as Vec<float> has lanes
 
+inline HalfBits to_bf16(Vec<float> x) {
+#if defined(FASTFT_ISA_AVX512_BF16)
+  // The instruction rounds likewise, in an eighth of the time, but takes denormals for zeros.
+  if (__builtin_expect(_mm512_fpclass_ps_mask((__m512)x, 0x20) == 0, 1)) return (HalfBits)_mm512_cvtneps_pbh((__m512)x);
+#endif
+  return __builtin_convertvector(round_bf16(x) >> 16, HalfBits);
+}
+
 // ---- unaligned loads and stores of a whole register
 inline Vec<float> load(const float* p) {
   Vec<float> v;
@@ -121,7 +129,7 @@ inline Vec<float> load(const bf16* p) { return (Vec<float>)(load_bits(p) << 16);
 inline void store(float* p, Vec<float> v) { std::memcpy(p, &v, sizeof v); }
 inline void store(double* p, Vec<double> v) { std::memcpy(p, &v, sizeof v); }
 inline void store(bf16* p, Vec<float> v) {
-  const HalfBits h = __builtin_convertvector(round_bf16(v) >> 16, HalfBits);
+  const HalfBits h = to_bf16(v);
   std::memcpy(p, &h, sizeof h);
 }
 
@@ -164,9 +172,7 @@ inline Vec<uint32_t> load_bits(const bf16* p, int n) {
 }
 inline Vec<uint32_t> load_bits(const float* p, int n) { return round_bf16(load(p, n)) >> 16; }
 inline Vec<float> load(const bf16* p, int n) { return (Vec<float>)(load_bits(p, n) << 16); }
-inline void store(bf16* p, Vec<float> v, int n) {
-  store_half_bits(p, __builtin_convertvector(round_bf16(v) >> 16, HalfBits), n);
-}
+inline void store(bf16* p, Vec<float> v, int n) { store_half_bits(p, to_bf16(v), n); }
 
 // ---- logits as they lie in memory: kLanes<T> of them, which widen to kParts registers of their Compute<T>. Of bf16, the
 // even ones are the first part and the odd ones the second: no lane moves, on no instruction set.
@@ -340,12 +346,20 @@ FASTFT_KERNELS(FASTFT_X)
 #undef FASTFT_X
 double peak_f32(double seconds, const Host&);
 double peak_bf16(double seconds, const Host&);
+double tile_f32(double seconds, const Host&);
+double tile_bf16(double seconds, const Host&);
 int64_t gemm_tasks(const GemmQuery&, int phase, double* work, int64_t capacity);
 
+#if defined(FASTFT_ISA_AVX512_BF16)  // its fp32 and fp64 are avx512's: table.cpp
+#define FASTFT_INSTANTIATE(name, Args)                                  \
+  template void name<bf16, bf16>(const Args<bf16, bf16>&, const Host&); \
+  template void name<bf16, float>(const Args<bf16, float>&, const Host&);
+#else
 #define FASTFT_INSTANTIATE(name, Args)                                      \
   template void name<float, float>(const Args<float, float>&, const Host&); \
   template void name<bf16, bf16>(const Args<bf16, bf16>&, const Host&);     \
   template void name<bf16, float>(const Args<bf16, float>&, const Host&);   \
   template void name<double, double>(const Args<double, double>&, const Host&);
+#endif
 
 }  // namespace FASTFT_NAMESPACE

@@ -19,7 +19,7 @@ struct ForwardEpilogue {
   using Acc = Compute<T>;
   T* const y;
   T* const z;             // or null
-  const Acc* const bias;  // padded to whole tiles; zeros where there is none
+  const Acc* const bias;  // (N + kTileCols): tiles are whole; zeros where there is none
   const int64_t N;
 
   static void run(const void* context, const Acc* tile, int64_t row, int64_t col, int rows, int cols) {
@@ -131,7 +131,7 @@ template <class T, class W>
 void linear_act_forward(const LinearActForward<T, W>& p, const Host& host) {
   using Acc = Compute<T>;
   constexpr int kCols = kTileCols<typename TileFor<T>::type>;
-  const int64_t padded = ceil_div(p.N, kCols) * kCols;
+  const int64_t padded = p.N + kCols;  // to whole tiles, wherever they begin
   Acc* const bias = scratch<Acc>(host, padded);
   for (int64_t j = 0; j < padded; ++j) bias[j] = p.b && j < p.N ? to_float(p.b[j]) : Acc(0);
   dispatch_activation(p.activation, [&](auto activation) {

@@ -1,6 +1,6 @@
 // Softmax cross-entropy; csrc/cpu/cross_entropy.cpp has the formulas, from which h, k and g are named here.
 // Moves 3 M C sizeof(T) bytes for M rows: the forward reads the logits once, the backward reads them and writes dx.
-// A team of 1, 32 or 256 threads works on a row, each by an online softmax over 16 values at a time. Classes that do
+// A team of 1, 32 or 256 threads works on a row, each by an online softmax over 16 values (4 with soft targets) at a time. Classes that do
 // not come last are one thread's: then neighbouring threads read neighbouring rows, which is where memory is
 // contiguous. A reduction is a second launch of one block: its order follows from M.
 #include <cassert>
@@ -11,7 +11,8 @@ namespace fastft::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kBlock = 16;                           // values of a thread that share one look at the maximum
+template <bool kSoft>
+constexpr int kBlock = kSoft ? 4 : 16;               // values of a thread that share one look at the maximum
 constexpr int64_t kOneThread = 16, kOneWarp = 1024;  // classes up to which a row is not worth a warp, a block
 
 template <int kTeam, class F, class Op>
@@ -86,11 +87,12 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(CrossEntropyForward<T
   const int64_t rows = p.N * p.S, row = place.row;
   if (row >= rows) return;  // a whole team
 
+  constexpr int kValues = kBlock<kSoft>;
   Online<kSoft, F> online;
-  for (int64_t from = place.lane; from < p.C; from += kBlock * kTeam) {
-    F x[kBlock], top = online.max;
+  for (int64_t from = place.lane; from < p.C; from += kValues * kTeam) {
+    F x[kValues], top = online.max;
 #pragma unroll
-    for (int i = 0; i < kBlock; ++i) {
+    for (int i = 0; i < kValues; ++i) {
       const int64_t c = from + i * kTeam;
       x[i] = c < p.C ? F(to_float(p.x[place.at + c * p.S])) : F(-HUGE_VAL);
       top = x[i] > top ? x[i] : top;
@@ -98,7 +100,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(CrossEntropyForward<T
     online.raise(top);
     F sum = 0, dot = 0, mass = 0;
 #pragma unroll
-    for (int i = 0; i < kBlock; ++i) {
+    for (int i = 0; i < kValues; ++i) {
       const int64_t c = from + i * kTeam;
       sum += exp(x[i] - top);
       if (kSoft && c < p.C) {
@@ -168,13 +170,15 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(CrossEntropyBackward
 // ---- launchers
 
 // body(kTeam as a type, kSoft as a type, grid)
-template <class Args, class Body>
+template <class T, class Args, class Body>
 void with_team(const Args& p, const Body& body) {
   const auto with_soft = [&](auto team) {
     const dim3 grid = grid_of(ceil_div(p.N * p.S, kThreads / team.value));
     p.q || p.smoothing > 0 ? body(team, std::true_type(), grid) : body(team, std::false_type(), grid);
   };
-  if (p.S > 1 || p.C <= kOneThread)
+  if constexpr (std::is_same_v<T, double>)  // for gradcheck
+    with_soft(std::integral_constant<int, kWarp>());
+  else if (p.S > 1 || p.C <= kOneThread)
     with_soft(std::integral_constant<int, 1>());
   else if (p.C <= kOneWarp)
     with_soft(std::integral_constant<int, kWarp>());
@@ -186,7 +190,7 @@ void with_team(const Args& p, const Body& body) {
 
 template <class T, class W>
 void cross_entropy_forward(const CrossEntropyForward<T, W>& p, Stream stream) {
-  with_team(p, [&](auto team, auto soft, dim3 grid) {
+  with_team<T>(p, [&](auto team, auto soft, dim3 grid) {
     launch(forward_kernel<team.value, soft.value, T, W>, grid, kThreads, 0, stream, p);
   });
   if (p.reduction != kNone) launch(reduce_kernel<T, W>, dim3(1), kThreads, 0, stream, p);
@@ -194,7 +198,7 @@ void cross_entropy_forward(const CrossEntropyForward<T, W>& p, Stream stream) {
 
 template <class T, class W>
 void cross_entropy_backward(const CrossEntropyBackward<T, W>& p, Stream stream) {
-  with_team(p, [&](auto team, auto soft, dim3 grid) {
+  with_team<T>(p, [&](auto team, auto soft, dim3 grid) {
     launch(backward_kernel<team.value, soft.value, T, W>, grid, kThreads, 0, stream, p);
   });
 }

@@ -173,8 +173,8 @@ class Peaks:
     """The machine's limits, best of at least five windows spread over a run, on torch's threads.
 
     FLOP/s of the multiply-add units of the instruction set in use (``csrc/cpu/peak.cpp``; 0 without a native library),
-    on CUDA of a large matrix product; bytes read plus written per second by a copy, and by an update in place, of
-    memory that no cache holds.
+    on CUDA of a large matrix product; what of it is left in the register tile of our matrix products, its operands in
+    L1; bytes read plus written per second by a copy, and by an update in place, of memory that no cache holds.
     """
 
     device: str = "cpu"
@@ -183,6 +183,8 @@ class Peaks:
     windows: int = 0
     float32: float = 0.0
     bfloat16: float = 0.0
+    tile_float32: float = 0.0
+    tile_bfloat16: float = 0.0
     copy: float = 0.0
     update: float = 0.0  # may exceed a copy, which on many CPUs reads what it overwrites
     capped: bool = field(default_factory=lambda: _capped())  # to less than PyTorch's own kernels may use
@@ -212,6 +214,8 @@ class Peaks:
         elif _library.available():
             self.float32 = max(self.float32, torch.ops.fastft.peak_f32(self.seconds))
             self.bfloat16 = max(self.bfloat16, torch.ops.fastft.peak_bf16(self.seconds))
+            self.tile_float32 = max(self.tile_float32, torch.ops.fastft.tile_f32(self.seconds))
+            self.tile_bfloat16 = max(self.tile_bfloat16, torch.ops.fastft.tile_bf16(self.seconds))
         self.windows += 1
         self._last = time.perf_counter()
 
@@ -251,7 +255,7 @@ class Peaks:
 
     def as_dict(self) -> dict[str, float]:
         """For JSON."""
-        rates = ("float32", "bfloat16", "copy", "update")
+        rates = ("float32", "bfloat16", "tile_float32", "tile_bfloat16", "copy", "update")
         return {"windows": self.windows, **{f"{name}_per_s": round(getattr(self, name)) for name in rates}}
 
     def __str__(self) -> str:

@@ -44,6 +44,11 @@ def samples(t):
     yield Sample("expanded input and bias", t(1, 24).expand(30, 24), t(16, 24), t(1).expand(16))
     yield Sample("saturated: |z| far beyond every tail", t(40, 24, scale=30), t(32, 24), t(32))
     yield Sample("tiny: z near zero", t(40, 24, scale=1e-6), t(32, 24), t(32, scale=1e-6))
+    yield Sample(
+        "below the least normal number", t(40, 24, scale=0), t(32, 24), t(32, scale=1e-39), activation="identity"
+    )
+    yield Sample("few rows: the weight is not the operand that is packed", *linear(70, 136, 1230))
+    yield Sample("few rows, edges everywhere", *linear(33, 37, 397, bias=False), activation="tanh")
     for M, (K, N, activation) in itertools.product((4096, 2048, 256), LAYERS):
         yield Timed(f"{M}x{K}->{N} {activation}", *linear(M, K, N), activation=activation)
     for name in functional.ACTIVATIONS:
