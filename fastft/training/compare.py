@@ -33,6 +33,7 @@ def compare(
     lower_case: bool = False,
     batch_size: int = 32,
     max_length: int = 256,
+    validation_share: float = 0.1,
     steps: int = 20,
     epochs: int = 3,
     rows: int | None = None,
@@ -56,9 +57,10 @@ def compare(
             of random tokens whose lengths are as uneven as those of real texts.
         text, label, encoding, lower_case: as for :func:`fastft.finetune`, which cleans the texts in the same way.
         batch_size, max_length: rows of a batch, tokens per text.
+        validation_share: of ``data`` that is put aside, as :func:`fastft.finetune` does, and trains nothing; 0 for a
+            job that validates on a file of its own.
         steps: that are timed, from 2; batches of all sizes are among them.
-        epochs, rows: of the job whose time is projected; ``rows`` None takes those of ``data``, none put aside for
-            validation, or 10,000.
+        epochs, rows: of the job whose training is projected; ``rows`` None takes those of ``data``, or 10,000.
         price: of this machine per hour, in any currency, for the job's cost.
         seed: of made-up rows, a fresh head, the choice of batches, and dropout.
         dtype: of the computation: "bfloat16" is autocast over float32 weights, "auto" is float32.
@@ -75,11 +77,10 @@ def compare(
     read = data if isinstance(data, (str, Path)) else None
     json, html = (None if path is None else output.check(path, data=read) for path in (json, html))
     batch_size, steps, epochs, seed = (options[name] for name in ("batch_size", "steps", "epochs", "seed"))
-    cleaning = None
+    examples, told = None, {}
     if data is not None:
-        examples = readable.load(data, text, label, encoding=encoding)
-        cleaning = preprocess.prepare(examples, lower_case=bool(lower_case))
-        readable.check_classes(cleaning.examples)
+        cleaning = preprocess.prepare(readable.load(data, text, label, encoding=encoding), lower_case=bool(lower_case))
+        examples, told = _training(cleaning, options["validation_share"], seed)
 
     from fastft.testing import timing
     from fastft.training import compare_job, compare_run
@@ -87,7 +88,7 @@ def compare(
 
     recipe, variants = compare_run.Recipe(compare_run.AUTOCAST[dtype], seed), compare_run.variants()
     with compare_run.own_random_state(seed):
-        job = compare_job.load(model, cleaning, batch_size, options["max_length"], seed)
+        job = compare_job.load(model, examples, batch_size, options["max_length"], seed)
         compare_run.require_memory(job.network, len(variants))
         longest, *batches = job.batches(steps, seed)
         passes = 3 + 4 * len(variants) + (2 * len(variants) + 1) * steps
@@ -97,7 +98,7 @@ def compare(
             without = compare_run.losses_without_dropout(job.network, variants, batches, recipe, tick)
             times = compare_run.timed(job.network, variants, longest, batches, recipe, tick)
     result = CompareResult(
-        facts=job.facts | {"dtype": "bfloat16 autocast over float32 weights" if recipe.autocast else "float32"},
+        facts=job.facts | told | {"dtype": "bfloat16 autocast over float32 weights" if recipe.autocast else "float32"},
         options={name: options[name] for name in ("dtype", *_RULES)},
         parity=parity,
         losses={"dropout_off": without, "dropout_on": {name: run.losses for name, run in times.items()}},
@@ -120,6 +121,7 @@ def compare(
 _RULES: dict[str, Rule] = {
     "batch_size": whole(1),
     "max_length": whole(3),
+    "validation_share": (float, lambda value: 0 <= value < 1, "a number from 0 to below 1"),
     "steps": whole(2),
     "epochs": whole(1),
     "rows": whole(1, optional=True),
@@ -136,6 +138,16 @@ def _checked(options: dict[str, Any]) -> dict[str, Any]:
     if options["data"] is None:
         readable.refuse_columns("compare", options["text"], options["label"], "there is no data")
     return checked
+
+
+def _training(cleaning: preprocess.Prepared, share: float, seed: int) -> tuple[readable.Examples, dict[str, str]]:
+    """(the rows that finetune would train on, what there is to tell of the others)."""
+    told = {"cleaned": "; ".join(preprocess.said(cleaning.counts, all=False)) or "nothing to clean was found"}
+    if share == 0:
+        readable.check_classes(cleaning.examples)
+        return cleaning.examples, told
+    examples, held_out = readable.split(cleaning.examples, share, seed)
+    return examples, told | {"put aside": f"{len(held_out):,} rows to validate, which train nothing"}
 
 
 @contextlib.contextmanager

@@ -81,7 +81,7 @@ class CompareResult:
         return self.options["epochs"] * math.ceil(self.rows / self.options["batch_size"])
 
     def seconds(self, name: str) -> float:
-        """That the job's training steps will take with a variant."""
+        """That the job's training will take with a variant; reading and validation come on top."""
         return self.steps * self.times[name].mean
 
     def cost(self, name: str) -> float | None:
@@ -144,6 +144,8 @@ class CompareResult:
         where = facts["cpu"] if self.conditions["device"] == "cpu" else ", ".join(facts["gpus"])
         return {
             **self.facts,
+            "job": f"{self.options['epochs']} epochs of {self.rows:,} rows, {self.steps:,} steps; reading and "
+            "validation come on top",
             "kernels": _kernels(self.parity),
             "machine": f"{where}, {facts['threads']} threads; fastft {facts['fastft']}, torch {facts['torch']}, "
             f"transformers {facts['transformers']}",
@@ -161,7 +163,7 @@ class CompareResult:
         def row(title: str, cell: Callable[[Timed], str]) -> list[str]:
             return [title, *map(cell, self.times.values())]
 
-        job, price = f"{self.options['epochs']} epochs of {self.rows:,} rows", self.options["price"]
+        price = self.options["price"]
         rows = [
             ["", *self.times],
             row("step, median", lambda run: _ms(run.step.median)),
@@ -174,7 +176,7 @@ class CompareResult:
             row("tokens/s", lambda run: f"{self.tokens / run.mean:,.0f}"),
             ["memory, longest step", *(_mb(found["step"]) for found in self.memory.values())],
             ["  kept for backward", *(_mb(found["kept"]) for found in self.memory.values())],
-            [job, *(_clock(self.seconds(name)) for name in self.times)],
+            ["job, all steps", *(_clock(self.seconds(name)) for name in self.times)],
         ]
         if price is not None:
             rows.append([f"  cost at {price:g} an hour", *(f"{self.cost(name):.4g}" for name in self.times)])
