@@ -9,6 +9,7 @@ import time
 from html.parser import HTMLParser
 
 import numpy as np
+import processes
 import pytest
 import torch
 from small_models import CONFIG, build
@@ -425,12 +426,22 @@ def test_command_prints_the_verdict_first_and_writes_files(model, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--steps", 1), "fastft: compare: --steps 1; a whole number from 2 is needed\n"),
-        (("--data", "nowhere.csv"), "fastft: nowhere.csv does not exist\n"),
-        (("--json", "/no/such/folder/a.json"), "fastft: /no/such/folder/a.json cannot be written: there is no folder"),
+        (("--steps", 1), "compare: --steps 1; a whole number from 2 is needed\n"),
+        (("--batch-size", 0), "compare: --batch-size 0; a whole number from 1 is needed\n"),
+        (("--max-length", 2), "compare: --max-length 2; a whole number from 3 is needed\n"),
+        (("--epochs", 0), "compare: --epochs 0; a whole number from 1 is needed\n"),
+        (("--rows", 0), "compare: --rows 0; None or a whole number from 1 is needed\n"),
+        (("--price", "nan"), "compare: --price nan; None or a number from 0 is needed\n"),
+        (("--validation-share", -0.1), "compare: --validation-share -0.1; a number from 0 to below 1 is needed\n"),
+        (("--seed", -1), "compare: --seed -1; a whole number from 0 to "),
+        (("--dtype", "float16"), "--dtype: 'float16' is not one of "),
+        (("--text", "review"), "compare: --text 'review' names a column of a file, but there is no data\n"),
+        (("--json", "/no/such/folder/a.json"), "/no/such/folder/a.json cannot be written: there is no folder"),
+        (("--html", "/dev/null"), "/dev/null is not a regular file, it cannot be written\n"),
     ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
-def test_command_refuses_with_one_sentence_and_status_2(model, arguments, message):
-    done = run("--model", model, *arguments)
-    assert done.exit_code == 2 and done.stdout == ""
-    assert done.stderr.startswith(message) and done.stderr.count("\n") == 1
+def test_command_refuses_with_one_sentence_and_status_2(arguments, message):
+    done = processes.at_once("compare", "--model", "m", *arguments)
+    assert done.status == 2 and done.out == ""
+    assert done.err.startswith(f"fastft: {message}") and done.err.count("\n") == 1
