@@ -91,17 +91,19 @@ def compare(
         job = compare_job.load(model, examples, batch_size, options["max_length"], seed)
         compare_run.require_memory(job.network, len(variants))
         longest, *batches = job.batches(steps, seed)
-        passes = 3 + 4 * len(variants) + (2 * len(variants) + 1) * steps
+        passes = 3 + 4 * len(variants) + 2 * (len(variants) + 1) * steps
         with _progress(passes, quiet) as tick:
             parity = compare_run.parity(job.network, variants[1], batches, recipe, tick)
             memory = compare_run.memory(job.network, variants, longest, recipe, tick)
             without = compare_run.losses_without_dropout(job.network, variants, batches, recipe, tick)
+            other_seed = compare_run.losses_of_another_seed(job.network, variants[0], batches, recipe, tick)
             times = compare_run.timed(job.network, variants, longest, batches, recipe, tick)
+    dropout_on = {name: run.losses for name, run in times.items()} | {compare_run.OTHER_SEED: other_seed}
     result = CompareResult(
         facts=job.facts | told | {"dtype": "bfloat16 autocast over float32 weights" if recipe.autocast else "float32"},
         options={name: options[name] for name in ("dtype", *_RULES)},
         parity=parity,
-        losses={"dropout_off": without, "dropout_on": {name: run.losses for name, run in times.items()}},
+        losses={"dropout_off": without, "dropout_on": dropout_on},
         times=times,
         tokens=sum(int(batch["attention_mask"].sum()) for batch in batches) / steps,
         memory=memory,
