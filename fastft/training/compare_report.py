@@ -32,8 +32,8 @@ GAIN = (
 )
 NUMBERS = "float64: the same model on the same batch in double precision, taken for the truth."
 LOSSES = (
-    "Rows in reverse order change nothing but the rounding; another seed changes what dropout draws. fastft draws other "
-    "random numbers than stock does, so with dropout its curve differs from stock's as that of another seed does."
+    "Rows in reverse order change nothing but rounding, another seed what dropout draws. fastft draws other random "
+    "numbers than stock does, so with dropout its curve differs from stock's as that of another seed does."
 )
 
 
