@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from sklearn import metrics as sklearn_metrics
 from sklearn.utils.class_weight import compute_class_weight
 from tiny import make_checkpoint, make_reviews
-from transformers import AutoConfig, AutoTokenizer, BertConfig, BertModel, Trainer, TrainingArguments
+from transformers import AutoConfig, AutoTokenizer, BatchEncoding, BertConfig, BertModel, Trainer, TrainingArguments
 
 import fastft
 from fastft.functional._choice import use_backend
@@ -366,6 +366,11 @@ def test_long_texts_are_cut_and_counted(model):
     texts = ["good " * words for words in (1, length - 3, length - 2, length - 1, 5000)]
     encoded = tokens.encode(tokenizer, texts, [0, 1, 0, 1, 0], length)
     assert encoded.lengths() == [3, length - 1, length, length, length] and encoded.cut == 2
+
+    def written_in_python(*given, **how):  # and tells nothing but tokens
+        return BatchEncoding(dict(tokenizer(*given, **how)))
+
+    assert tokens.encode(written_in_python, texts, [0] * 5, length).cut == 2
     assert [encoded[row]["labels"] for row in range(5)] == [0, 1, 0, 1, 0]
 
 

@@ -5,17 +5,15 @@ Imports no torch until the data are read: wrong options, files and data are told
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import math
 import os
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastft.training import data as readable
 from fastft.training import files, output, preprocess
 from fastft.training.options import DTYPES, SEED, Rule, numbers, whole
+from fastft.training.waiting import waiting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -79,7 +77,9 @@ def compare(
     batch_size, steps, epochs, seed = (options[name] for name in ("batch_size", "steps", "epochs", "seed"))
     examples, told = None, {}
     if data is not None:
-        cleaning = preprocess.prepare(readable.load(data, text, label, encoding=encoding), lower_case=bool(lower_case))
+        with waiting("reading", quiet=quiet):
+            found = readable.load(data, text, label, encoding=encoding)
+            cleaning = preprocess.prepare(found, lower_case=bool(lower_case))
         examples, told = _training(cleaning, options["validation_share"], seed)
 
     from fastft.testing import timing
@@ -92,7 +92,7 @@ def compare(
         compare_run.require_memory(job.network, len(variants))
         longest, *batches = job.batches(steps, seed)
         passes = 3 + 4 * len(variants) + 2 * (len(variants) + 1) * steps
-        with _progress(passes, quiet) as tick:
+        with waiting("comparing", passes, quiet) as tick:
             parity = compare_run.parity(job.network, variants[1], batches, recipe, tick)
             memory = compare_run.memory(job.network, variants, longest, recipe, tick)
             without = compare_run.losses_without_dropout(job.network, variants, batches, recipe, tick)
@@ -150,16 +150,3 @@ def _training(cleaning: preprocess.Prepared, share: float, seed: int) -> tuple[r
         return cleaning.examples, told
     examples, held_out = readable.split(cleaning.examples, share, seed)
     return examples, told | {"put aside": f"{len(held_out):,} rows to validate, which train nothing"}
-
-
-@contextlib.contextmanager
-def _progress(passes: int, quiet: bool) -> Iterator[Callable[[], None]]:
-    """A bar on a terminal's stderr, which is gone afterwards; yields what moves it on by one."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn("comparing"), BarColumn(bar_width=40), TimeRemainingColumn())
-    is_off = quiet or not console.is_terminal
-    with Progress(*columns, console=console, transient=True, refresh_per_second=2, disable=is_off) as bar:
-        yield functools.partial(bar.advance, bar.add_task("", total=passes))
