@@ -21,6 +21,7 @@ import fastft
 from fastft.functional._choice import use_backend
 from fastft.training import data, files, tokens, trainer
 from fastft.training.classifier import TextClassifierConfig
+from fastft.training.waiting import waiting
 
 REVIEWS = make_reviews(300, seed=0)
 
@@ -160,6 +161,16 @@ def test_progress_is_plain_text_in_a_pipe(model, tmp_path, capsys):
     assert [line[:9] for line in epochs] == ["Epoch 1/2", "Epoch 2/2"]
     assert all("loss" in line and "accuracy" in line and "\x1b" not in line for line in epochs)
     assert sum(line.lstrip().startswith("validation") for line in lines) == 2
+
+
+@pytest.mark.parametrize("total", [None, 2])
+def test_who_waits_at_a_terminal_is_told_for_what(monkeypatch, capsys, total):
+    for terminal, quiet in ((True, False), (True, True), (False, False)):
+        monkeypatch.setenv("TTY_COMPATIBLE", str(int(terminal)))
+        with waiting("reading", total, quiet) as advance:
+            advance()
+        shown = capsys.readouterr()
+        assert ("reading" in shown.err) is (terminal and not quiet) and shown.out == ""
 
 
 def test_quiet_prints_nothing(model, tmp_path, capfd):
