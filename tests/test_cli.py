@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
+import processes
 import pytest
 from typer.testing import CliRunner
 
@@ -26,6 +28,25 @@ def test_help_lists_the_commands_and_imports_no_torch():
     assert " env " in done.stdout and "Example: fastft finetune " in done.stdout
     assert run().stdout == run("--help").stdout, "no command at all is a question too"
     assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("command", "usage"),
+    [
+        ("finetune", "DATA --model NAME_OR_DIR --output DIR [OPTIONS]"),
+        ("evaluate", "DIR DATA [OPTIONS]"),
+        ("predict", "DIR [TEXT]... [OPTIONS]"),
+        ("compare", "--model NAME_OR_DIR [OPTIONS]"),
+        ("env", "[OPTIONS]"),
+        ("bench", "[OPTIONS]"),
+    ],
+)
+def test_help_of_a_command_has_an_example_and_a_line_for_each_option(command, usage):
+    shown = processes.at_once(command, "--help").out
+    assert f"Usage: fastft {command} {usage}" in shown and f"Example: fastft {command}" in shown
+    assert max(map(len, shown.splitlines())) <= 80
+    inside = [line for line in shown.splitlines() if line.startswith("│")]
+    assert inside and all(re.match(r"│ (\* |  )? *(--[a-z]|[A-Z])", line) for line in inside), "one takes two lines"
 
 
 def test_version():
@@ -101,8 +122,3 @@ def test_bench_shows_each_shape_beside_pytorchs(monkeypatch):
     assert max(map(len, lines[:3])) <= 80
     (row,) = json.loads(CliRunner().invoke(app, [*options, "--json"]).stdout)["rows"]
     assert row["sample"] == "32x768->768 tanh" and row["path"] == "train" and row["fastft"]["median"] > 0
-
-
-def test_bench_explains_itself():
-    shown = run("bench", "--help").stdout
-    assert "fastft bench --tune" in shown and "fastft bench --op linear_act --shape 2048x768" in shown

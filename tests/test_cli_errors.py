@@ -51,6 +51,7 @@ FILES = [  # name, content, what is said about it
     ("a.csv", b"text,label\na,x\nb\0,y\n", "a.csv, line 3: a NUL at character 2: the file is damaged or not text"),
     ("a.csv", random.Random(0).randbytes(9000), "a.csv, line "),
     ("a.csv", "text,label\na,x\nb,y,z\n", "a.csv, line 3: 3 fields, but the header has 2: a field that holds a delimi"),
+    ("a.csv", "text,label\na,x\nb\n", "a.csv, line 3: 1 field, but the header has 2"),
     ("a.csv", 'text,label\na,x\n"b,y\n', "a.csv, line 3: a quote is opened here and never closed"),
     ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b"\n', "a.jsonl, line 2: not JSON: "),
     ("a.json", "[]", "a.json ends in '.json', a file ending in .csv, .tsv, .jsonl or a folder is needed"),
@@ -262,6 +263,11 @@ def test_output_inside_the_folder_of_the_data(tmp_path, job):
 
 
 def test_output_of_evaluation_and_prediction(trained, tmp_path):
-    write(tmp_path / "a.csv", "text\n" + "good film\n" * 3)
+    write(tmp_path / "a.csv", "text\n" + "good film\n" * 300)
     done = processes.fastft("predict", trained, "--file", tmp_path / "a.csv", "--output", "/proc/a.csv")
     assert_one_sentence(done, "/proc/a.csv cannot be written: ")
+    old = write(tmp_path / "b.csv", "old")
+    full = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (1000, 1000))
+    done = processes.fastft("predict", trained, "--file", tmp_path / "a.csv", "--output", old, before=full)
+    assert_one_sentence(done, f"{old} cannot be written: File too large")
+    assert old.read_text() == "old" and len(list(tmp_path.iterdir())) == 2

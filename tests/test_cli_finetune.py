@@ -35,14 +35,6 @@ def finetune(job, output, *options, **how):
 # ---- help
 
 
-def test_help_is_one_screen_wide_with_an_example():
-    done = processes.at_once("finetune", "--help")
-    assert done.status == 0, done.err
-    assert max(map(len, done.out.splitlines())) <= 80
-    assert "Example: fastft finetune reviews.csv --model bert-base-uncased --output out" in done.out
-    assert not re.search(r"│ {30,}[^\s│]", done.out.replace("[required]", "")), "an option takes two lines"
-
-
 def test_help_comes_within_half_a_second():
     def seconds():
         started = time.perf_counter()

@@ -9,6 +9,7 @@ import time
 from html.parser import HTMLParser
 
 import numpy as np
+import processes
 import pytest
 import torch
 from small_models import CONFIG, build
@@ -30,7 +31,6 @@ from fastft.functional._choice import use_backend
 from fastft.testing.timing import Spread
 from fastft.training import compare_job, compare_report, compare_run
 from fastft.training.data import load
-from fastft.training.preprocess import prepare
 
 REVIEWS = make_reviews(120, seed=0)
 SMALL = {"batch_size": 8, "max_length": 32, "steps": 3, "quiet": True}
@@ -80,14 +80,14 @@ def test_numbers_of_a_sound_kernel_are_within_the_budget(result):
 def test_every_variant_has_a_loss_for_every_step(result):
     off, on = result.losses["dropout_off"], result.losses["dropout_on"]
     variants = ["stock", "fastft", "fastft + fastft.optim"]
-    assert list(off) == [*variants, compare_run.REVERSED] and list(on) == variants
+    assert list(off) == [*variants, compare_run.REVERSED] and list(on) == [*variants, compare_run.OTHER_SEED]
     assert {len(curve) for curve in (*off.values(), *on.values())} == {3}
     assert len(set(off["stock"])) == 3, "the steps trained nothing"
-    assert off["stock"] != on["stock"], "dropout made no difference"
+    assert off["stock"] != on["stock"] != on[compare_run.OTHER_SEED], "dropout made no difference"
 
 
 def test_warming_up_leaves_no_trace(model):
-    job = compare_job.load(model, prepare(load(REVIEWS)), 8, 32, 0)
+    job = compare_job.load(model, load(REVIEWS), 8, 32, 0)
     longest, *batches = job.batches(2, 0)
     recipe, variants = compare_run.Recipe(None, 0), compare_run.variants()[:1]
     timed = compare_run.timed(job.network, variants, longest, batches, recipe, lambda: None)
@@ -105,7 +105,7 @@ def test_phases_are_parts_of_the_step(result):
 
 
 def test_projection_is_steps_times_mean(result):
-    assert result.rows == len(set(REVIEWS[0])) and result.steps == 2 * -(-result.rows // 8)
+    assert result.rows == int(0.9 * len(set(REVIEWS[0]))) and result.steps == 2 * -(-result.rows // 8)
     assert result.seconds("stock") == result.steps * result.times["stock"].mean
     assert result.cost("stock") == pytest.approx(result.seconds("stock") / 1000)
 
@@ -116,25 +116,30 @@ def test_padding_is_less_when_grouped(result):
 
 
 def test_batches_are_of_all_sizes_after_the_longest(model):
-    job = compare_job.load(model, prepare(load(REVIEWS)), 8, 32, 0)
+    job = compare_job.load(model, load(REVIEWS), 8, 32, 0)
     longest, *batches = (batch["input_ids"].shape[1] for batch in job.batches(5, 0))
     everything = sorted(max(job.lengths[row] for row in rows) for rows in job.grouped)
     assert longest == everything[-1]
     assert sorted(batches) == everything[1::3], "one from the middle of each fifth"
 
 
-def test_texts_are_cleaned_as_the_job_would(model, tmp_path):
+def test_the_job_is_the_one_that_finetune_trains(model, tmp_path):
     texts, labels = REVIEWS
     rows = [f"{text} <b>FINE</b> caf\xe9\t{label}" for text, label in zip(texts, labels, strict=True)]
     path = tmp_path / "a.tsv"
     path.write_text("\n".join(["text\tlabel", *rows, *rows[:7], "<br>\tpositive"]), encoding="latin-1")
     options = {"encoding": "latin-1", "lower_case": True}
     found = fastft.compare(model, path, **options, **{**SMALL, "steps": 2})
-    trained = fastft.finetune(path, model, tmp_path / "out", quiet=True, epochs=1, max_length=32, **options)
+    sizes = {"batch_size": SMALL["batch_size"], "max_length": SMALL["max_length"]}
+    trained = fastft.finetune(path, model, tmp_path / "out", quiet=True, epochs=1, **sizes, **options)
     told = [line for line in trained.facts["cleaned"].splitlines() if not line.endswith(": 0")]
     assert found.facts["cleaned"] == "; ".join(told) and "left out: 1;" in found.facts["cleaned"]
     run = json.loads((tmp_path / "out" / "run.json").read_text())["data"]
-    assert found.rows == run["training"]["examples"] + run["validation"]["examples"] == len(set(rows))
+    assert found.rows == run["training"]["examples"] == len(set(rows)) - run["validation"]["examples"]
+    assert found.steps == 3 * len(trained.step_losses), "3 epochs unless another number is asked for"
+    assert f" {found.padding['grouped']:.1%} of the tokens are padding" in trained.facts["batches"]
+    whole = fastft.compare(model, path, validation_share=0, **options, **{**SMALL, "steps": 2})
+    assert whole.rows == len(set(rows)) and "put aside" in found.facts and "put aside" not in whole.facts
 
 
 def test_memory_of_a_step_is_seen():
@@ -259,7 +264,11 @@ def test_bad_news_come_before_good_ones(result):
         "other": planted_times(result, 0.5, Spread(0.5, 0.4, 0.6, 9)),
     }
     first, second, third = compare_report.verdict(result.parity, runs)
-    assert first.startswith("other is SLOWER") and second.startswith("fastft trains") and third.startswith("Its logits")
+    assert (
+        first.startswith("other is SLOWER")
+        and second.startswith("fastft trains")
+        and third.startswith("fastft's logits")
+    )
 
 
 def test_no_kernel_at_all_comes_before_good_news(result):
@@ -349,6 +358,8 @@ def test_html_shows_names_as_they_are(result):
         ({"steps": 2.5}, "compare: steps=2.5 is a float; a whole number from 2 is needed"),
         ({"batch_size": 0}, "compare: batch_size=0; a whole number from 1 is needed"),
         ({"max_length": 2}, "compare: max_length=2; a whole number from 3 is needed"),
+        ({"validation_share": 1}, "compare: validation_share=1; a number from 0 to below 1 is needed"),
+        ({"validation_share": 0.99}, "validation_share=0.99 puts "),
         ({"price": -1}, "compare: price=-1; None or a number from 0 is needed"),
         ({"rows": True}, "compare: rows=True is a bool; None or a whole number from 1 is needed"),
         ({"dtype": "float16"}, "compare: dtype='float16' is none of auto, float32, bfloat16"),
@@ -411,24 +422,30 @@ def test_command_prints_the_verdict_first_and_writes_files(model, tmp_path):
     assert done.exit_code == 0, done.output
     written = json.loads((tmp_path / "a.json").read_text())
     assert done.stdout.split()[:3] == written["verdict"]["sentences"][0].split()[:3]
-    assert f"{len(set(texts))} rows of" in written["facts"]["data"] and _Page((tmp_path / "a.html").read_text())
+    assert f"{int(0.9 * len(set(texts)))} rows to train on of" in written["facts"]["data"]
+    assert _Page((tmp_path / "a.html").read_text())
     assert "\x1b" not in done.stdout and f"written: {tmp_path / 'a.html'}" in done.stdout
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--steps", 1), "fastft: compare: --steps 1; a whole number from 2 is needed\n"),
-        (("--data", "nowhere.csv"), "fastft: nowhere.csv does not exist\n"),
-        (("--json", "/no/such/folder/a.json"), "fastft: /no/such/folder/a.json cannot be written: there is no folder"),
+        (("--steps", 1), "compare: --steps 1; a whole number from 2 is needed\n"),
+        (("--batch-size", 0), "compare: --batch-size 0; a whole number from 1 is needed\n"),
+        (("--max-length", 2), "compare: --max-length 2; a whole number from 3 is needed\n"),
+        (("--epochs", 0), "compare: --epochs 0; a whole number from 1 is needed\n"),
+        (("--rows", 0), "compare: --rows 0; None or a whole number from 1 is needed\n"),
+        (("--price", "nan"), "compare: --price nan; None or a number from 0 is needed\n"),
+        (("--validation-share", -0.1), "compare: --validation-share -0.1; a number from 0 to below 1 is needed\n"),
+        (("--seed", -1), "compare: --seed -1; a whole number from 0 to "),
+        (("--dtype", "float16"), "--dtype: 'float16' is not one of "),
+        (("--text", "review"), "compare: --text 'review' names a column of a file, but there is no data\n"),
+        (("--json", "/no/such/folder/a.json"), "/no/such/folder/a.json cannot be written: there is no folder"),
+        (("--html", "/dev/null"), "/dev/null is not a regular file, it cannot be written\n"),
     ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
-def test_command_refuses_with_one_sentence_and_status_2(model, arguments, message):
-    done = run("--model", model, *arguments)
-    assert done.exit_code == 2 and done.stdout == ""
-    assert done.stderr.startswith(message) and done.stderr.count("\n") == 1
-
-
-def test_help_has_an_example():
-    done = run("--help")
-    assert done.exit_code == 0 and "fastft compare --model" in done.stdout
+def test_command_refuses_with_one_sentence_and_status_2(arguments, message):
+    done = processes.at_once("compare", "--model", "m", *arguments)
+    assert done.status == 2 and done.out == ""
+    assert done.err.startswith(f"fastft: {message}") and done.err.count("\n") == 1

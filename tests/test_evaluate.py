@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import torch
 from rich.cells import cell_len
@@ -25,7 +26,6 @@ from transformers import (
     BertModel,
     RobertaConfig,
     RobertaForSequenceClassification,
-    pipeline,
 )
 from typer.testing import CliRunner
 
@@ -33,7 +33,7 @@ import fastft
 from fastft.cli.main import app
 from fastft.functional._choice import use_backend
 from fastft.testing import error
-from fastft.training import files, preprocess, trained
+from fastft.training import checkpoint, files, preprocess, trained
 from fastft.training.classifier import TextClassifier
 from fastft.training.predict import Predictions
 
@@ -83,22 +83,40 @@ def fastft_command(*arguments, input=None, **environment):
 # ---- numbers
 
 
-@pytest.mark.parametrize("stock", [True, False], ids=["stock", "fastft"])
-def test_scores_are_those_of_the_pipeline_of_transformers(foreign, stock):
+PIPELINE = """
+import json, sys
+sys.modules["fastft"] = None
+from transformers import pipeline
+classify = pipeline("text-classification", sys.argv[1], top_k=None)
+print(json.dumps(classify(json.load(sys.stdin), batch_size=32)))
+"""
+
+
+@pytest.fixture(scope="module")
+def piped(foreign):
+    """(texts, what transformers' pipeline says of them in a process that has no fastft)."""
     texts = texts_of(error.ENOUGH // CLASSES)
+    command = [sys.executable, "-c", PIPELINE, str(foreign)]
+    done = subprocess.run(command, input=json.dumps(texts), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return texts, json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("stock", [True, False], ids=["stock", "fastft"])
+def test_scores_are_those_of_the_pipeline_in_a_process_without_fastft(foreign, piped, stock):
+    texts, rows = piped
     with use_backend("fastft"):  # nothing may fall back quietly
         found = fastft.predict(foreign, texts, top=CLASSES, stock=stock, quiet=True)
-    classify = pipeline("text-classification", str(foreign), top_k=None)
-    model, tokenizer = classify.model.double(), classify.tokenizer
+    model = AutoModelForSequenceClassification.from_pretrained(foreign, dtype=torch.float64)
+    batch = AutoTokenizer.from_pretrained(foreign)(texts, padding=True, truncation=True, return_tensors="pt")
     with torch.no_grad():
-        truth = model(**tokenizer(texts, padding=True, truncation=True, return_tensors="pt")).logits.softmax(-1)
-    model.float()
+        truth = model(**batch).logits.softmax(-1)
     names = [f"class {index}" for index in range(CLASSES)]
 
     def table(rows):
         return torch.tensor([[scores[name] for name in names] for scores in map(dict, rows)])
 
-    theirs = table([(row["label"], row["score"]) for row in rows] for rows in classify(texts, batch_size=32))
+    theirs = table([(score["label"], score["score"]) for score in row] for row in rows)
     budget = error.Budget()
     budget.add({"scores": table(found.top)}, {"scores": theirs}, {"scores": truth})
     budget.check()
@@ -342,6 +360,8 @@ def test_weights_that_would_run_code_are_not_unpickled(foreign, tmp_path):
         save({**model.state_dict(), "bomb": Bomb(tmp_path / "exploded")}, folder / "pytorch_model.bin")
         with pytest.raises(ValueError, match="cannot be loaded: "):
             fastft.predict(folder, ["good"], quiet=True)
+        with pytest.raises(ValueError, match="cannot be loaded: "):
+            checkpoint.load_classifier(folder, "pooler", ["a", "b"], None)
     assert not (tmp_path / "exploded").exists()
 
 
@@ -378,6 +398,8 @@ def test_code_of_a_folder_is_not_run(foreign, tmp_path):
             "b.csv: the texts may be in 'p', 'q': name the column with --text COL",
         ),
         (["predict", "MODEL", "--file", "no.csv"], "no.csv does not exist"),
+        (["evaluate", "MODEL", "a.csv", "--batch-size", "0"], "evaluate: --batch-size 0; a whole number from 1"),
+        (["evaluate", "MODEL", "a.csv", "--max-length", "2"], "evaluate: --max-length 2; None or a whole number from"),
         (["evaluate", "MODEL", "no.csv"], "no.csv does not exist"),
         (["evaluate", "MODEL", "a.csv"], "a.csv, line 3: the label 'mixed' is none that the model has: 'class 0', 'cl"),
         (["evaluate", "MODEL", "a.csv", "--label", "x"], "a.csv has no column 'x', its columns are 'text', 'label'"),
@@ -387,15 +409,15 @@ def test_code_of_a_folder_is_not_run(foreign, tmp_path):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_refuses_in_one_sentence_with_status_2(foreign, tmp_path, monkeypatch, arguments, message):
-    monkeypatch.chdir(tmp_path)
+def test_refuses_in_one_sentence_with_status_2(foreign, tmp_path, arguments, message):
     (tmp_path / "a.csv").write_text("text,label\ngood,class 1\nbad,mixed\n")
     (tmp_path / "b.csv").write_text("p,q\n" + "some words,more words\n" * 4)
     (tmp_path / "d.csv").mkdir()
     before = sorted(path.name for path in tmp_path.iterdir())
-    done = fastft_command(*(str(foreign) if word == "MODEL" else word for word in arguments))
-    assert done.exit_code == 2 and done.stdout == ""
-    assert done.stderr.startswith(f"fastft: {message}") and done.stderr.count("\n") == 1
+    words = [str(foreign) if word == "MODEL" else word for word in arguments]
+    done = processes.at_once(*words, cwd=tmp_path, stdin=subprocess.DEVNULL)
+    assert done.status == 2 and done.out == ""
+    assert done.err.startswith(f"fastft: {message}") and done.err.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 

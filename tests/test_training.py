@@ -15,12 +15,13 @@ from safetensors.torch import load_file
 from sklearn import metrics as sklearn_metrics
 from sklearn.utils.class_weight import compute_class_weight
 from tiny import make_checkpoint, make_reviews
-from transformers import AutoConfig, AutoTokenizer, BertConfig, BertModel, Trainer, TrainingArguments
+from transformers import AutoConfig, AutoTokenizer, BatchEncoding, BertConfig, BertModel, Trainer, TrainingArguments
 
 import fastft
 from fastft.functional._choice import use_backend
 from fastft.training import data, files, tokens, trainer
 from fastft.training.classifier import TextClassifierConfig
+from fastft.training.waiting import waiting
 
 REVIEWS = make_reviews(300, seed=0)
 
@@ -160,6 +161,16 @@ def test_progress_is_plain_text_in_a_pipe(model, tmp_path, capsys):
     assert [line[:9] for line in epochs] == ["Epoch 1/2", "Epoch 2/2"]
     assert all("loss" in line and "accuracy" in line and "\x1b" not in line for line in epochs)
     assert sum(line.lstrip().startswith("validation") for line in lines) == 2
+
+
+@pytest.mark.parametrize("total", [None, 2])
+def test_who_waits_at_a_terminal_is_told_for_what(monkeypatch, capsys, total):
+    for terminal, quiet in ((True, False), (True, True), (False, False)):
+        monkeypatch.setenv("TTY_COMPATIBLE", str(int(terminal)))
+        with waiting("reading", total, quiet) as advance:
+            advance()
+        shown = capsys.readouterr()
+        assert ("reading" in shown.err) is (terminal and not quiet) and shown.out == ""
 
 
 def test_quiet_prints_nothing(model, tmp_path, capfd):
@@ -366,6 +377,11 @@ def test_long_texts_are_cut_and_counted(model):
     texts = ["good " * words for words in (1, length - 3, length - 2, length - 1, 5000)]
     encoded = tokens.encode(tokenizer, texts, [0, 1, 0, 1, 0], length)
     assert encoded.lengths() == [3, length - 1, length, length, length] and encoded.cut == 2
+
+    def written_in_python(*given, **how):  # and tells nothing but tokens
+        return BatchEncoding(dict(tokenizer(*given, **how)))
+
+    assert tokens.encode(written_in_python, texts, [0] * 5, length).cut == 2
     assert [encoded[row]["labels"] for row in range(5)] == [0, 1, 0, 1, 0]
 
 

@@ -22,7 +22,7 @@ def bench(
     as_json: Annotated[bool, flag("--json", "One JSON object instead of a table")] = False,
     debug: Annotated[bool, flag("--debug", "Show tracebacks of errors")] = False,
 ):
-    """Time forward and backward of every op beside PyTorch's, some minutes.
+    """Time every op, forward and backward, beside PyTorch's (minutes).
 
     Example: fastft bench --op linear_act --shape 2048x768
 

@@ -14,7 +14,7 @@ MODEL, JOB, RUN = "Model and data", "Job whose time is projected", "Run"
 
 def compare(
     *,
-    model: Annotated[str, option("NAME_OR_DIR", "Name on the Hugging Face hub, or folder", panel=MODEL)],
+    model: Annotated[str, option("NAME_OR_DIR", "Hugging Face name, or folder", panel=MODEL)],
     data: Annotated[str | None, option("DATA", "As for finetune; else random tokens", panel=MODEL)] = None,
     text: Annotated[str | None, option("COLUMN", "Column of the texts; else found", panel=MODEL)] = None,
     label: Annotated[str | None, option("COLUMN", "Column of the labels; else found", panel=MODEL)] = None,
@@ -23,6 +23,7 @@ def compare(
     batch_size: Annotated[int, option("N", "Texts in a step (32)", panel=MODEL)] = 32,
     max_length: Annotated[int, option("N", "Tokens of a text, the rest is cut (256)", panel=MODEL)] = 256,
     epochs: Annotated[int, option("N", "Passes over the data (3)", panel=JOB)] = 3,
+    validation_share: Annotated[float, option("SHARE", "Part of DATA that trains nothing (0.1)", panel=JOB)] = 0.1,
     rows: Annotated[int | None, option("N", "To train on; else those of DATA, or 10,000", panel=JOB)] = None,
     price: Annotated[float | None, option("AMOUNT", "Of this machine per hour", panel=JOB)] = None,
     steps: Annotated[int, option("N", "Timed steps, of each in turn (20)", panel=RUN)] = 20,

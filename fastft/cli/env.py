@@ -9,7 +9,7 @@ from fastft.cli._options import flag
 
 
 def env(as_json: Annotated[bool, flag("--json", "One JSON object instead of a table")] = False):
-    """Print versions, CPU, threads, instruction sets, CUDA, and whether the native kernels are loaded.
+    """Print what runs here: versions, CPU, CUDA, kernels, or why not.
 
     Example: fastft env --json
     """

@@ -11,19 +11,19 @@ from fastft.cli._options import flag, option
 
 
 def evaluate(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a trained model.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a trained model", show_default=False)],
     data: Annotated[
-        str, typer.Argument(metavar="DATA", help="CSV, TSV, JSONL, or a folder per class.", show_default=False)
+        str, typer.Argument(metavar="DATA", help="CSV, TSV, JSONL, or a folder per class", show_default=False)
     ],
-    text: Annotated[str | None, option("COLUMN", "Column of the texts; else found.")] = None,
-    label: Annotated[str | None, option("COLUMN", "Column of the labels; else found.")] = None,
-    encoding: Annotated[str, option("NAME", "Of the files (utf-8).")] = "utf-8",
-    json: Annotated[str | None, option("FILE", "Write the scores there; - is the output.")] = None,
-    batch_size: Annotated[int, option("N", "Texts at a time (32).")] = 32,
-    max_length: Annotated[int | None, option("N", "Tokens of a text; else as in training.")] = None,
-    stock: Annotated[bool, flag("--stock", "Without fastft's kernels.")] = False,
-    quiet: Annotated[bool, flag("--quiet", "No progress bar.")] = False,
-    debug: Annotated[bool, flag("--debug", "Show tracebacks of errors.")] = False,
+    text: Annotated[str | None, option("COLUMN", "Column of the texts; else found")] = None,
+    label: Annotated[str | None, option("COLUMN", "Column of the labels; else found")] = None,
+    encoding: Annotated[str, option("NAME", "Of the files (utf-8)")] = "utf-8",
+    json: Annotated[str | None, option("FILE", "Write the scores there; - is the output")] = None,
+    batch_size: Annotated[int, option("N", "Texts at a time (32)")] = 32,
+    max_length: Annotated[int | None, option("N", "Tokens of a text; else as in training")] = None,
+    stock: Annotated[bool, flag("--stock", "Without fastft's kernels")] = False,
+    quiet: Annotated[bool, flag("--quiet", "No progress bar")] = False,
+    debug: Annotated[bool, flag("--debug", "Show tracebacks of errors")] = False,
 ):
     """Classify labelled texts and tell how many are right.
 

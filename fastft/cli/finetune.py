@@ -26,7 +26,7 @@ def finetune(
     validation_share: Annotated[float, option("SHARE", "Part of DATA put aside for that (0.1)", panel=DATA)] = 0.1,
     max_length: Annotated[int, option("N", "Tokens of a text, the rest is cut (256)", panel=DATA)] = 256,
     lower_case: Annotated[bool, flag("--lower-case", "Change all texts to lower case", DATA)] = False,
-    model: Annotated[str, option("NAME_OR_DIR", "Name on the Hugging Face hub, or folder", panel=MODEL)],
+    model: Annotated[str, option("NAME_OR_DIR", "Hugging Face name, or folder", panel=MODEL)],
     head: Annotated[one_of(known.HEADS), option("HEAD", "pooler: its own; cls: ours (pooler)", panel=MODEL)] = "pooler",
     dropout: Annotated[float | None, option("P", "Dropout; else the checkpoint's", panel=MODEL)] = None,
     epochs: Annotated[int, option("N", "Passes over the data (3)", panel=TRAINING)] = 3,

@@ -6,16 +6,38 @@ Commands import torch and transformers inside their functions, so that ``--help`
 import importlib
 import pkgutil
 import sys
+from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 import fastft
 from fastft import cli
 from fastft.cli._errors import wrong_usage
 
 
-class Commands(TyperGroup):
+class Helped:
+    """--help looks like every other flag, and stands behind the last one."""
+
+    def get_help_option(self, ctx):
+        option = super().get_help_option(ctx)
+        option.metavar, option.help = " ", "Show this message"
+        option.rich_help_panel = self.params[-1].rich_help_panel
+        return option
+
+
+class Command(Helped, TyperCommand):
+    """One command; its usage names all that must be given."""
+
+    def collect_usage_pieces(self, ctx):
+        needed = [parameter for parameter in self.get_params(ctx) if parameter.required]
+        options = [f"{option.opts[0]} {option.metavar}" for option in needed if option.param_type_name == "option"]
+        more = [f"[{argument.metavar}]..." for argument in self.params if argument.nargs == -1]
+        names = [argument.metavar for argument in needed if argument.param_type_name == "argument"]
+        return [*names, *more, *options, self.options_metavar]
+
+
+class Commands(Helped, TyperGroup):
     """All commands; what was typed wrongly is one sentence like every other error, where typer draws a box."""
 
     def main(self, args=None, standalone_mode=True, **options):
@@ -48,15 +70,18 @@ def print_version(wanted: bool):
         raise typer.Exit
 
 
-VERSION = typer.Option(False, "--version", help="Print the version.", callback=print_version, is_eager=True)
-
-
 @app.callback()
-def main(context: typer.Context, version: bool = VERSION):
+def main(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", metavar=" ", help="Print the version", callback=print_version, is_eager=True)
+    ] = False,
+):
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
 
 
-for module in pkgutil.iter_modules(cli.__path__):
-    if module.name != "main" and not module.name.startswith("_"):
-        app.command()(getattr(importlib.import_module(f"fastft.cli.{module.name}"), module.name))
+FIRST = ("finetune", "evaluate", "predict", "compare", "env")  # in the list of commands; others follow
+FOUND = {module.name for module in pkgutil.iter_modules(cli.__path__) if not module.name.startswith("_")} - {"main"}
+for name in (*FIRST, *sorted(FOUND.difference(FIRST))):
+    app.command(cls=Command)(getattr(importlib.import_module(f"fastft.cli.{name}"), name))

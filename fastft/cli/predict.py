@@ -12,20 +12,20 @@ from fastft.cli._options import flag, option
 
 
 def predict(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a trained model.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a trained model", show_default=False)],
     texts: Annotated[
-        list[str] | None, typer.Argument(metavar="TEXT", help="Texts; else --file, or a line each from a pipe.")
+        list[str] | None, typer.Argument(metavar="TEXT", help="Texts; else --file, or a line each from a pipe")
     ] = None,
-    file: Annotated[str | None, option("DATA", "CSV, TSV, JSONL, or a folder of texts.")] = None,
-    text: Annotated[str | None, option("COLUMN", "Column of the texts; else found.")] = None,
-    encoding: Annotated[str, option("NAME", "Of the files (utf-8).")] = "utf-8",
-    output: Annotated[str | None, option("FILE", "A .csv or .jsonl file to write.")] = None,
-    top: Annotated[int, option("N", "Classes for each text (1).")] = 1,
-    batch_size: Annotated[int, option("N", "Texts at a time (32).")] = 32,
-    max_length: Annotated[int | None, option("N", "Tokens of a text; else as in training.")] = None,
-    stock: Annotated[bool, flag("--stock", "Without fastft's kernels.")] = False,
-    quiet: Annotated[bool, flag("--quiet", "No progress bar.")] = False,
-    debug: Annotated[bool, flag("--debug", "Show tracebacks of errors.")] = False,
+    file: Annotated[str | None, option("DATA", "CSV, TSV, JSONL, or a folder of texts")] = None,
+    text: Annotated[str | None, option("COLUMN", "Column of the texts; else found")] = None,
+    encoding: Annotated[str, option("NAME", "Of the files (utf-8)")] = "utf-8",
+    output: Annotated[str | None, option("FILE", "A .csv or .jsonl file to write")] = None,
+    top: Annotated[int, option("N", "Classes for each text (1)")] = 1,
+    batch_size: Annotated[int, option("N", "Texts at a time (32)")] = 32,
+    max_length: Annotated[int | None, option("N", "Tokens of a text; else as in training")] = None,
+    stock: Annotated[bool, flag("--stock", "Without fastft's kernels")] = False,
+    quiet: Annotated[bool, flag("--quiet", "No progress bar")] = False,
+    debug: Annotated[bool, flag("--debug", "Show tracebacks of errors")] = False,
 ):
     """Tell the class of each text, with its probability.
 

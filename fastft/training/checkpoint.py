@@ -76,10 +76,9 @@ def load_classifier(
     if head == "pooler" and isinstance(config, TextClassifierConfig):
         raise ValueError(f"model={str(name)!r} is a TextClassifier, which has no pooler: pass head='cls'")
     model_class = TextClassifier if head == "cls" else AutoModelForSequenceClassification
+    how = {"dtype": torch.float32, "weights_only": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
     with loading(name):
-        model, loaded = model_class.from_pretrained(
-            name, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **place
-        )
+        model, loaded = model_class.from_pretrained(name, config=config, **how, **place)
     fresh = sorted(loaded["missing_keys"] | {key for key, *_ in loaded["mismatched_keys"]})
     lost = [key for key in fresh if key.startswith(f"{model.base_model_prefix}.") and ".pooler." not in key]
     if lost:

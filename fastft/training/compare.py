@@ -5,17 +5,15 @@ Imports no torch until the data are read: wrong options, files and data are told
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import math
 import os
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastft.training import data as readable
 from fastft.training import files, output, preprocess
 from fastft.training.options import DTYPES, SEED, Rule, numbers, whole
+from fastft.training.waiting import waiting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,6 +31,7 @@ def compare(
     lower_case: bool = False,
     batch_size: int = 32,
     max_length: int = 256,
+    validation_share: float = 0.1,
     steps: int = 20,
     epochs: int = 3,
     rows: int | None = None,
@@ -56,9 +55,10 @@ def compare(
             of random tokens whose lengths are as uneven as those of real texts.
         text, label, encoding, lower_case: as for :func:`fastft.finetune`, which cleans the texts in the same way.
         batch_size, max_length: rows of a batch, tokens per text.
+        validation_share: of ``data`` that is put aside, as :func:`fastft.finetune` does, and trains nothing; 0 for a
+            job that validates on a file of its own.
         steps: that are timed, from 2; batches of all sizes are among them.
-        epochs, rows: of the job whose time is projected; ``rows`` None takes those of ``data``, none put aside for
-            validation, or 10,000.
+        epochs, rows: of the job whose training is projected; ``rows`` None takes those of ``data``, or 10,000.
         price: of this machine per hour, in any currency, for the job's cost.
         seed: of made-up rows, a fresh head, the choice of batches, and dropout.
         dtype: of the computation: "bfloat16" is autocast over float32 weights, "auto" is float32.
@@ -75,11 +75,12 @@ def compare(
     read = data if isinstance(data, (str, Path)) else None
     json, html = (None if path is None else output.check(path, data=read) for path in (json, html))
     batch_size, steps, epochs, seed = (options[name] for name in ("batch_size", "steps", "epochs", "seed"))
-    cleaning = None
+    examples, told = None, {}
     if data is not None:
-        examples = readable.load(data, text, label, encoding=encoding)
-        cleaning = preprocess.prepare(examples, lower_case=bool(lower_case))
-        readable.check_classes(cleaning.examples)
+        with waiting("reading", quiet=quiet):
+            found = readable.load(data, text, label, encoding=encoding)
+            cleaning = preprocess.prepare(found, lower_case=bool(lower_case))
+        examples, told = _training(cleaning, options["validation_share"], seed)
 
     from fastft.testing import timing
     from fastft.training import compare_job, compare_run
@@ -87,20 +88,22 @@ def compare(
 
     recipe, variants = compare_run.Recipe(compare_run.AUTOCAST[dtype], seed), compare_run.variants()
     with compare_run.own_random_state(seed):
-        job = compare_job.load(model, cleaning, batch_size, options["max_length"], seed)
+        job = compare_job.load(model, examples, batch_size, options["max_length"], seed)
         compare_run.require_memory(job.network, len(variants))
         longest, *batches = job.batches(steps, seed)
-        passes = 3 + 4 * len(variants) + (2 * len(variants) + 1) * steps
-        with _progress(passes, quiet) as tick:
+        passes = 3 + 4 * len(variants) + 2 * (len(variants) + 1) * steps
+        with waiting("comparing", passes, quiet) as tick:
             parity = compare_run.parity(job.network, variants[1], batches, recipe, tick)
             memory = compare_run.memory(job.network, variants, longest, recipe, tick)
             without = compare_run.losses_without_dropout(job.network, variants, batches, recipe, tick)
+            other_seed = compare_run.losses_of_another_seed(job.network, variants[0], batches, recipe, tick)
             times = compare_run.timed(job.network, variants, longest, batches, recipe, tick)
+    dropout_on = {name: run.losses for name, run in times.items()} | {compare_run.OTHER_SEED: other_seed}
     result = CompareResult(
-        facts=job.facts | {"dtype": "bfloat16 autocast over float32 weights" if recipe.autocast else "float32"},
+        facts=job.facts | told | {"dtype": "bfloat16 autocast over float32 weights" if recipe.autocast else "float32"},
         options={name: options[name] for name in ("dtype", *_RULES)},
         parity=parity,
-        losses={"dropout_off": without, "dropout_on": {name: run.losses for name, run in times.items()}},
+        losses={"dropout_off": without, "dropout_on": dropout_on},
         times=times,
         tokens=sum(int(batch["attention_mask"].sum()) for batch in batches) / steps,
         memory=memory,
@@ -120,6 +123,7 @@ def compare(
 _RULES: dict[str, Rule] = {
     "batch_size": whole(1),
     "max_length": whole(3),
+    "validation_share": (float, lambda value: 0 <= value < 1, "a number from 0 to below 1"),
     "steps": whole(2),
     "epochs": whole(1),
     "rows": whole(1, optional=True),
@@ -138,14 +142,11 @@ def _checked(options: dict[str, Any]) -> dict[str, Any]:
     return checked
 
 
-@contextlib.contextmanager
-def _progress(passes: int, quiet: bool) -> Iterator[Callable[[], None]]:
-    """A bar on a terminal's stderr, which is gone afterwards; yields what moves it on by one."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn("comparing"), BarColumn(bar_width=40), TimeRemainingColumn())
-    is_off = quiet or not console.is_terminal
-    with Progress(*columns, console=console, transient=True, refresh_per_second=2, disable=is_off) as bar:
-        yield functools.partial(bar.advance, bar.add_task("", total=passes))
+def _training(cleaning: preprocess.Prepared, share: float, seed: int) -> tuple[readable.Examples, dict[str, str]]:
+    """(the rows that finetune would train on, what there is to tell of the others)."""
+    told = {"cleaned": "; ".join(preprocess.said(cleaning.counts, all=False)) or "nothing to clean was found"}
+    if share == 0:
+        readable.check_classes(cleaning.examples)
+        return cleaning.examples, told
+    examples, held_out = readable.split(cleaning.examples, share, seed)
+    return examples, told | {"put aside": f"{len(held_out):,} rows to validate, which train nothing"}

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import fastft
-from fastft.training import checkpoint, data, preprocess, tokens
+from fastft.training import checkpoint, data, tokens
 from fastft.training.classifier import TextClassifierConfig
 from fastft.training.tokens import padding_share
 
@@ -60,22 +60,19 @@ class Job:
 
 def load(
     model: str | os.PathLike | PreTrainedModel,
-    cleaning: preprocess.Prepared | None,
+    examples: data.Examples | None,
     batch_size: int,
     max_length: int,
     seed: int,
 ) -> Job:
-    """A job from :func:`fastft.compare`'s arguments; ``cleaning`` None makes up rows of random tokens.
+    """A job from :func:`fastft.compare`'s arguments; ``examples`` None makes up rows of random tokens.
 
     Raises: ValueError, TypeError, OSError: one sentence that names the argument and the value.
     """
-    names = None
-    if cleaning is not None:
-        examples = cleaning.examples
-        names = data.label_names(examples.labels)
+    names = None if examples is None else data.label_names(examples.labels)
     network, tokenizer, facts = _classifier(model, names)
     network.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    if cleaning is None:
+    if examples is None:
         lengths, collate = _made_up(network, batch_size * MEGABATCH, max_length)
         rows = ROWS
         facts["data"] = (
@@ -84,7 +81,6 @@ def load(
         )
     else:
         lengths, collate, facts["data"] = _tokenised(network, tokenizer, examples, names, max_length, seed)
-        facts["cleaned"] = "; ".join(preprocess.said(cleaning.counts, all=False)) or "nothing to clean was found"
         rows = len(examples)
     order = list(tokens.LengthGroupedSampler(lengths, batch_size, seed))
     mixed = random.Random(seed).sample(order, len(order))
@@ -165,7 +161,7 @@ def _tokenised(
     of = f", of which {len(taken):,} were measured" if len(taken) < len(examples) else ""
     where = f" ({examples.columns})" if examples.columns else ""
     fact = (
-        f"{len(examples):,} rows of {examples.source}{where}, {len(names)} classes{of}; "
+        f"{len(examples):,} rows to train on of {examples.source}{where}, {len(names)} classes{of}; "
         f"{np.mean(encoded.lengths()):.1f} tokens a text, {encoded.cut:,} texts cut to {length}"
     )
     return encoded.lengths(), lambda rows: dict(pad([encoded[row] for row in rows])), fact

@@ -18,13 +18,23 @@ from rich.text import Text
 
 from fastft.models.report import NOT_REPLACED
 from fastft.testing.measure import LONG_RATIO
-from fastft.training.compare_run import FASTFT, PAIRS, PHASES, REVERSED, STOCK, Parity, Timed
+from fastft.training.compare_run import FASTFT, OTHER_SEED, PAIRS, PHASES, REVERSED, STOCK, Parity, Timed
 from fastft.training.lines import kernels_lines
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Rows = list[list[str]]  # the first is the header
+
+GAIN = (
+    "Times as fast: stock's time over the variant's, on the same batch. Memory: what the step on the longest batch "
+    "adds to weights and optimizer state."
+)
+NUMBERS = "float64: the same model on the same batch in double precision, taken for the truth."
+LOSSES = (
+    "Rows in reverse order change nothing but rounding, another seed what dropout draws. fastft draws other random "
+    "numbers than stock does, so with dropout its curve differs from stock's as that of another seed does."
+)
 
 
 @dataclass(frozen=True, repr=False)
@@ -81,7 +91,7 @@ class CompareResult:
         return self.options["epochs"] * math.ceil(self.rows / self.options["batch_size"])
 
     def seconds(self, name: str) -> float:
-        """That the job's training steps will take with a variant."""
+        """That the job's training will take with a variant; reading and validation come on top."""
         return self.steps * self.times[name].mean
 
     def cost(self, name: str) -> float | None:
@@ -127,8 +137,8 @@ class CompareResult:
         for fact in self._facts().items():
             facts.add_row(*map(Text, fact))
         yield facts
-        for title, rows in self.tables().items():
-            yield Group("", Text(title, style="bold"), _rich_table(rows))
+        for title, (rows, note) in self.tables().items():
+            yield Group("", Text(title, style="bold"), _rich_table(rows), Text(note, style="dim"))
         if self.parity.differs:
             yield Group("", Text("Beyond the error budget", style="bold"), Text(self.parity.differs))
 
@@ -144,24 +154,27 @@ class CompareResult:
         where = facts["cpu"] if self.conditions["device"] == "cpu" else ", ".join(facts["gpus"])
         return {
             **self.facts,
+            "job": f"{self.options['epochs']} epochs of {self.rows:,} rows, {self.steps:,} steps; reading and "
+            "validation come on top",
             "kernels": _kernels(self.parity),
             "machine": f"{where}, {facts['threads']} threads; fastft {facts['fastft']}, torch {facts['torch']}, "
             f"transformers {facts['transformers']}",
         }
 
-    def tables(self) -> dict[str, Rows]:
-        """Title -> rows: what both ways of showing them, in a terminal and in HTML, have in common."""
+    def tables(self) -> dict[str, tuple[Rows, str]]:
+        """Title -> rows and a note: what both ways of showing them, in a terminal and in HTML, have in common."""
+        steps = self.options["steps"]
         return {
-            f"Time and memory, {self.options['steps']} steps of each in turn": self._gain_rows(),
-            "Differences with dropout off, beside the mean size of the true values": self._number_rows(),
-            f"Losses of {self.options['steps']} steps, beside stock's": self._loss_rows(),
+            f"Time and memory, {steps} steps of each in turn": (self._gain_rows(), GAIN),
+            "Differences with dropout off, beside the mean size of the true values": (self._number_rows(), NUMBERS),
+            f"Losses of {steps} steps, beside stock's": (self._loss_rows(), LOSSES),
         }
 
     def _gain_rows(self) -> Rows:
         def row(title: str, cell: Callable[[Timed], str]) -> list[str]:
             return [title, *map(cell, self.times.values())]
 
-        job, price = f"{self.options['epochs']} epochs of {self.rows:,} rows", self.options["price"]
+        price = self.options["price"]
         rows = [
             ["", *self.times],
             row("step, median", lambda run: _ms(run.step.median)),
@@ -174,7 +187,7 @@ class CompareResult:
             row("tokens/s", lambda run: f"{self.tokens / run.mean:,.0f}"),
             ["memory, longest step", *(_mb(found["step"]) for found in self.memory.values())],
             ["  kept for backward", *(_mb(found["kept"]) for found in self.memory.values())],
-            [job, *(_clock(self.seconds(name)) for name in self.times)],
+            ["job, all steps", *(_clock(self.seconds(name)) for name in self.times)],
         ]
         if price is not None:
             rows.append([f"  cost at {price:g} an hour", *(f"{self.cost(name):.4g}" for name in self.times)])
@@ -224,7 +237,7 @@ def verdict(parity: Parity, runs: Mapping[str, Timed]) -> list[str]:
     if not parity.calls:
         bad.append(f"NONE of fastft's kernels ran here: {_why_none(parity)}.")
     elif not parity.differs:
-        good.append("Its logits, loss and gradients are as close to float64's as stock's own (error budget).")
+        good.append("fastft's logits, loss and gradients are as close to float64's as stock's own (error budget).")
     return bad + good
 
 
@@ -288,6 +301,7 @@ table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
 th, td {{ padding: .2em 1em .2em 0; text-align: right; border-bottom: 1px solid #ddd; white-space: pre; }}
 th:first-child, td:first-child {{ text-align: left; }}
 .facts td {{ text-align: left; white-space: normal; vertical-align: top; }}
+.note {{ color: #666; font-size: .9em; }}
 pre {{ background: #f6f6f6; padding: 1em; overflow-x: auto; }}
 img {{ max-width: 100%; }}
 </style>
@@ -307,8 +321,8 @@ def page(result: CompareResult) -> str:
     parts.append(_html_table([list(fact) for fact in facts.items()], kind="facts"))
     image = f"data:image/svg+xml;base64,{_svg(_figure(result))}"
     parts.append(f'<p><img alt="Losses, time of a step, errors" src="{image}"></p>')
-    for title, rows in result.tables().items():
-        parts += [f"<h2>{_text(title)}</h2>", _html_table(rows)]
+    for title, (rows, note) in result.tables().items():
+        parts += [f"<h2>{_text(title)}</h2>", _html_table(rows), f'<p class="note">{_text(note)}</p>']
     if result.parity.differs:
         parts += ["<h2>Beyond the error budget</h2>", f"<pre>{_text(result.parity.differs)}</pre>"]
     parts += ["<h2>What runs where</h2>", f"<pre>{_text(str(result.parity.report))}</pre>"]
@@ -338,7 +352,7 @@ def _figure(result: CompareResult) -> Figure:
     styles = ("-", "--", ":", "-.")
     for axes, key, title in ((off, "dropout_off", "loss, dropout off"), (on, "dropout_on", "loss, dropout on")):
         for index, (name, curve) in enumerate(result.losses[key].items()):
-            color = "grey" if name == REVERSED else f"C{index}"
+            color = "grey" if name in (REVERSED, OTHER_SEED) else f"C{index}"
             axes.plot(range(1, len(curve) + 1), curve, styles[index % 4], color=color, label=name)
         axes.set(title=title, xlabel="step")
         axes.xaxis.get_major_locator().set_params(integer=True)

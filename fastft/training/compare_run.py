@@ -11,7 +11,7 @@ import random
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from fastft.testing.spec import KernelCalls
 CGROUP = Path("/sys/fs/cgroup")  # of a container
 LEARNING_RATE, WEIGHT_DECAY, CLIP = 5e-5, 0.01, 1.0  # what finetune takes when it is not told
 STOCK, FASTFT, OWN_OPTIMIZER = "stock", "fastft", "fastft + fastft.optim"
-REVERSED = "stock, rows reversed"
+REVERSED, OTHER_SEED = "stock, rows reversed", "stock, another seed"
 AUTOCAST = {"auto": None, "float32": None, "bfloat16": torch.bfloat16}
 PHASES = ("forward", "backward", "clip", "optimizer")
 
@@ -253,6 +253,18 @@ def losses_without_dropout(
             tick()
         curves[name] = training.losses
     return curves
+
+
+def losses_of_another_seed(
+    network: torch.nn.Module, stock: Variant, batches: Sequence[Batch], recipe: Recipe, tick: Tick
+) -> list[float]:
+    """Stock's losses with dropout as :func:`timed` finds them, but for what dropout draws: how far apart that alone
+    drives two runs."""
+    training = Training(network, stock, replace(recipe, seed=recipe.seed + len(batches)), dropout=True)
+    for batch in batches:
+        training.step(batch)
+        tick()
+    return training.losses
 
 
 # ---- time and memory

@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -111,7 +112,7 @@ def load(
         texts.append(one_text)
         places.append(place)
         if labels:
-            names.append(_label_name(one_label, source, unit, place))
+            names.append(sys.intern(_label_name(one_label, source, unit, place)))  # one string, not one for each row
     if not texts:
         raise ValueError(f"{source}: there are no examples in it")
     if not any(map(str.strip, texts)):
@@ -123,7 +124,8 @@ def whole_numbers(labels: list[str]) -> list[str]:
     """``labels``, where all of them are integers as pandas writes them, 1.0, as everybody else does, 1."""
     if not all(map(_INTEGRAL.fullmatch, set(labels))):
         return labels
-    return [label.partition(".")[0] for label in labels]
+    names = {label: label.partition(".")[0] for label in set(labels)}
+    return [names[label] for label in labels]
 
 
 def label_names(labels: Iterable[str]) -> list[str]:

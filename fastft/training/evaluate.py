@@ -13,6 +13,7 @@ from fastft.training import data as readable
 from fastft.training import metrics, preprocess, trained
 from fastft.training.lines import class_lines, fact_line
 from fastft.training.options import numbers, whole
+from fastft.training.waiting import waiting
 
 
 @dataclass(frozen=True, repr=False)
@@ -70,16 +71,17 @@ def evaluate(
     """
     numbers("evaluate", locals(), {"batch_size": whole(1), "max_length": whole(3, optional=True)})
     known = trained.describe(folder)
-    examples = readable.load(data, text, label, encoding=encoding)
-    targets, by_index = _targets(examples, known.names)
+    with waiting("reading", quiet=quiet):
+        examples = readable.load(data, text, label, encoding=encoding)
+        targets, by_index = _targets(examples, known.names)
+        texts, cleaned = known.clean(examples.texts)
 
     import torch
 
-    texts, cleaned = known.clean(examples.texts)
     classifier = trained.load(known, max_length, stock)
     started = time.perf_counter()
     predictions, loss = np.zeros(len(texts), dtype=np.int64), 0.0
-    with trained.progress("evaluating", len(texts), quiet) as advance:
+    with waiting("evaluating", len(texts), quiet) as advance:
         for rows, logits in classifier.logits(texts, batch_size, advance):
             predictions[rows] = logits.argmax(-1)
             wanted = torch.from_numpy(targets[rows])

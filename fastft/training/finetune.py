@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from fastft.training import preprocess, run_folder
 from fastft.training.data import Examples, check_classes, load, require_known, split
 from fastft.training.options import checked
+from fastft.training.waiting import waiting
 
 if TYPE_CHECKING:
     from fastft.training.result import FinetuneResult
@@ -105,7 +106,8 @@ def finetune(
     for name, given in (("data", data), ("validation", validation)):
         if isinstance(given, (str, Path)) and os.path.isdir(given) and Path(given).resolve() in (place, *place.parents):
             raise ValueError(f"finetune: output={str(output)!r} is inside the folder of the {name}: name another one")
-    *parts, cleaning = _examples(options)
+    with waiting("reading", quiet=options["quiet"]):
+        *parts, cleaning = _examples(options)
 
     from fastft.training import finetune_run
 

@@ -30,6 +30,7 @@ from fastft.training.progress import EpochProgress
 from fastft.training.result import FinetuneResult, facts, run_record
 from fastft.training.resume import Interrupt, Keeper
 from fastft.training.trainer import criterion, make_trainer
+from fastft.training.waiting import waiting
 
 
 @dataclass
@@ -68,7 +69,9 @@ def run(
     """Fine-tunes with the checked ``options`` on ``parts``, (training, validation), from which texts were left out by
     ``cleaning``; ``started`` is when the reading began."""
     console = Console(quiet=options["quiet"], highlight=False)
-    job, output, resume = _prepare(options, parts, cleaning, started), options["output"], options["resume"]
+    output, resume = options["output"], options["resume"]
+    with waiting("loading the model, making tokens", quiet=options["quiet"]):
+        job = _prepare(options, parts, cleaning, started)
     with _full_disk_explained(output), run_folder.locked(output) as folder:
         run_folder.check(output, resume, options["overwrite"])  # another run may have been here in the meantime
         found = run_folder.interrupted(folder) if resume else None

@@ -15,6 +15,7 @@ from fastft.training import data as readable
 from fastft.training import output, trained
 from fastft.training.lines import left, short, width_of
 from fastft.training.options import numbers, whole
+from fastft.training.waiting import waiting
 
 SUFFIXES = (".csv", ".jsonl")
 SHOWN = 20  # texts, when it is printed
@@ -121,11 +122,12 @@ def predict(
     known = trained.describe(folder)
     if top > len(known.names):
         raise ValueError(f"predict: top={top}; the model has {len(known.names)} classes: {', '.join(known.names)}")
-    given = readable.load(texts, text, argument="texts", labels=False, encoding=encoding).texts
-    cleaned, _ = known.clean(given)
+    with waiting("reading", quiet=quiet):
+        given = readable.load(texts, text, argument="texts", labels=False, encoding=encoding).texts
+        cleaned, _ = known.clean(given)
     classifier = trained.load(known, max_length, stock)
     found: list[list[tuple[str, float]]] = [[]] * len(given)
-    with trained.progress("predicting", len(given), quiet) as advance:
+    with waiting("predicting", len(given), quiet) as advance:
         for rows, logits in classifier.logits(cleaned, batch_size, advance):
             best = logits.softmax(-1).topk(top)
             for row, scores, classes in zip(rows, best.values.tolist(), best.indices.tolist(), strict=True):

@@ -11,7 +11,7 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from html.entities import html5
 from pathlib import Path
@@ -185,20 +185,33 @@ def prepare(examples: Examples, *, lower_case: bool = False, deduplicate: bool =
     counts["empty"] = len(texts) - len(rows)
     if not examples.labels:
         return Prepared(_with(examples, texts).take(rows), counts)
+    firsts, again = _rows_of_labels(texts, examples.labels, rows)
     if deduplicate:
-        first = {(texts[row], examples.labels[row]): row for row in reversed(rows)}
-        counts["duplicates"] = len(rows) - len(first)
-        rows = sorted(first.values())
-    labels: dict[str, dict[str, int]] = {}
-    for row in rows:
-        labels.setdefault(texts[row], {}).setdefault(examples.labels[row], row)
-    several = {text: found for text, found in labels.items() if len(found) > 1}
+        counts["duplicates"] = len(rows) - len(firsts)
+        rows = firsts
+    several = sorted((found for found in again if len(found) > 1), key=lambda found: next(iter(found.values())))
     counts["conflicts"] = len(several)
-    conflicts = [
-        f"{shown(text)} is " + " and ".join(f"{shown(name)} ({examples.line(row)})" for name, row in found.items())
-        for text, found in list(several.items())[:3]
-    ]
+    conflicts = []
+    for found in several[:3]:
+        text = texts[next(iter(found.values()))]
+        labels = " and ".join(f"{shown(name)} ({examples.line(row)})" for name, row in found.items())
+        conflicts.append(f"{shown(text)} is {labels}")
     return Prepared(_with(examples, texts).take(rows), counts, conflicts)
+
+
+def _rows_of_labels(
+    texts: Sequence[str], labels: Sequence[str], rows: Sequence[int]
+) -> tuple[list[int], Iterable[dict[str, int]]]:
+    """(the first row of every text with every label; of each text that occurs again, those rows by label)."""
+    firsts: list[int] = []
+    first: dict[str, int] = {}  # by text: millions of them, of which few occur again
+    again: dict[str, dict[str, int]] = {}
+    for row in rows:
+        text, label = texts[row], labels[row]
+        before = first.setdefault(text, row)
+        if before == row or again.setdefault(text, {labels[before]: before}).setdefault(label, row) == row:
+            firsts.append(row)
+    return firsts, again.values()
 
 
 def clean_all(texts: Iterable[str], lower_case: bool = False) -> tuple[list[str], dict[str, int]]:

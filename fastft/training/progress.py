@@ -168,6 +168,7 @@ class EpochProgress(TrainerCallback):
             _TimeColumn(),
             *columns,
             console=self.console,
+            refresh_per_second=2,  # drawing takes time from the kernels' threads
             transient=transient,
             disable=not (terminal or self.console.is_jupyter),
         )

@@ -52,7 +52,8 @@ def records(path: Path, encoding: str) -> Iterator[tuple[int, dict[str, Any]]]:
     for line, fields in rows:
         if len(fields) != len(header):
             lost = ": a field that holds a delimiter or a quote must be quoted" if len(fields) > len(header) else ""
-            raise ValueError(f"{path}, line {line}: {len(fields)} fields, but the header has {len(header)}{lost}")
+            found = f"{len(fields)} field{'s' * (len(fields) != 1)}"
+            raise ValueError(f"{path}, line {line}: {found}, but the header has {len(header)}{lost}")
         yield line, dict(zip(header, fields, strict=True))
 
 

@@ -11,7 +11,7 @@ import errno
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ except ImportError:  # Windows: two runs into one folder are not noticed there
     fcntl = None
 
 LOCK, KEPT = ".fastft.lock", ".fastft"
+_UNFINISHED = (".unfinished-*", ".tmp??????")  # ours, and safetensors' own, which it renames to ours
+_STATE = ("*.safetensors", "trainer_state.json")
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # from network file systems that have none
 
 
@@ -69,6 +71,7 @@ def locked(output: str | os.PathLike) -> Iterator[Path]:
     try:
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"{os.getpid()}\n".encode())
+        _take_away(folder / KEPT, _UNFINISHED)  # of a run that was killed while it wrote
         yield folder
     finally:
         path.unlink(missing_ok=True)  # before others can lock it: see below
@@ -136,13 +139,13 @@ def begin(folder: Path, identity: dict[str, Any]) -> str:
     name = secrets.token_hex(8)
     (folder / KEPT).mkdir(exist_ok=True)
     files.write_json(_record(folder), {"run": name, **identity})
-    _take_away(folder / KEPT, keep=("run.json",))
+    _take_away(folder / KEPT, _STATE)
     return name
 
 
 def finish(folder: Path) -> None:
     """Takes away what the run kept for going on."""
-    _take_away(folder / KEPT)
+    _take_away(folder / KEPT, ("run.json", *_STATE))  # the record first, without which the rest means nothing
     with contextlib.suppress(OSError):  # somebody else's file is in there
         (folder / KEPT).rmdir()
 
@@ -175,9 +178,7 @@ def _record(folder: Path) -> Path:
     return folder / KEPT / "run.json"
 
 
-def _take_away(kept: Path, keep: tuple[str, ...] = ()) -> None:
-    """Removes what runs keep, and nothing else; the record first, without which the rest means nothing."""
-    for pattern in ("run.json", "*.safetensors", "trainer_state.json", ".unfinished-*"):
+def _take_away(kept: Path, patterns: Iterable[str]) -> None:
+    for pattern in patterns:
         for path in kept.glob(pattern):
-            if path.name not in keep:
-                path.unlink()
+            path.unlink()

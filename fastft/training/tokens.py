@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import DataCollatorWithPadding, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import BatchEncoding, DataCollatorWithPadding, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 CHUNK = 1000  # texts that the tokenizer is given at a time: its own objects take 100 bytes a token
@@ -74,9 +74,17 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], targets: Se
         encoded = tokenizer(part, truncation=True, max_length=max_length, return_attention_mask=False)
         for name, rows in encoded.items():
             columns.setdefault(name, []).extend(array("i", row) for row in rows)
-        full = [text for text, ids in zip(part, encoded["input_ids"], strict=True) if len(ids) == max_length]
-        cut += sum(len(ids) > max_length for ids in tokenizer(full, verbose=False)["input_ids"]) if full else 0
+        cut += _cut(tokenizer, encoded, part, max_length)
     return Tokens(columns, list(targets), cut)
+
+
+def _cut(tokenizer: PreTrainedTokenizerBase, encoded: BatchEncoding, texts: Sequence[str], max_length: int) -> int:
+    """How many of ``texts`` were longer than ``encoded``, what the tokenizer made of them, holds."""
+    if encoded.encodings is not None:
+        return sum(bool(of.overflowing) for of in encoded.encodings)
+    # a tokenizer written in Python does not tell
+    full = [text for text, ids in zip(texts, encoded["input_ids"], strict=True) if len(ids) == max_length]
+    return sum(len(ids) > max_length for ids in tokenizer(full, verbose=False)["input_ids"]) if full else 0
 
 
 def collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorWithPadding:
