@@ -120,7 +120,7 @@ class Measured:
     def row(self, peaks: Peaks) -> dict[str, Any]:
         """For the table."""
         rate = peaks.flops(getattr(torch, self.cell.dtype))
-        floor = self.bytes / peaks.copy + (self.flops / rate if rate else 0.0)
+        floor = self.bytes / max(peaks.copy, peaks.update) + (self.flops / rate if rate else 0.0)
         found = {name: getattr(self, name) for name in ("provider", "part", "seconds", "step")}
         return {**asdict(self.cell), **found, "floor": floor}
 

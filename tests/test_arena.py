@@ -19,8 +19,8 @@ ROWS = (600, 1000)  # 2.4 MB
 
 @pytest.fixture(autouse=True)
 def arena(monkeypatch):
-    monkeypatch.setattr(_arena, "_ARENA", _arena.Arena())
-    return _arena._ARENA
+    monkeypatch.setattr(_arena, "_ARENAS", [_arena.Arena(), _arena.Arena()])
+    return _arena._ARENAS[0]
 
 
 def test_memory_is_taken_again_when_its_tensor_is_gone():
@@ -114,7 +114,7 @@ def _in_a_fork(queue):
 
 
 def test_a_forked_process_has_an_arena_of_its_own():
-    with _arena._ARENA._lock:  # as another thread may hold it at that moment
+    with _arena._ARENAS[0]._lock:  # as another thread may hold it at that moment
         context = multiprocessing.get_context("fork")
         queue = context.SimpleQueue()
         process = context.Process(target=_in_a_fork, args=(queue,))

@@ -18,22 +18,26 @@ import torch
 LEAST = 1 << 20  # bytes; below, PyTorch's allocator is fast enough
 
 
-def empty(shape, dtype, like):
+# Gradients of weights come back all at once, when the step is over, and activations would take their blocks to pieces.
+ACTIVATION, GRADIENT = 0, 1
+
+
+def empty(shape, dtype, like, kind=ACTIVATION):
     """``like.new_empty(shape, dtype=dtype)``: no view, and no other tensor has its memory."""
     count = math.prod(shape)
     size = count * dtype.itemsize
     if size < LEAST or not _usable(like):
         return like.new_empty(shape, dtype=dtype)
     try:
-        memory = _ARENA.take(size)
+        memory = _ARENAS[kind].take(size)
     except OSError:
         return like.new_empty(shape, dtype=dtype)  # PyTorch says best that there is none
     return torch.frombuffer(memory, dtype=dtype, count=count).resize_(shape)  # .view() would make it a view
 
 
-def empty_like(tensor, dtype=None):
+def empty_like(tensor, dtype=None, kind=ACTIVATION):
     """The same, of a tensor's shape, dense."""
-    return empty(tensor.shape, dtype or tensor.dtype, tensor)
+    return empty(tensor.shape, dtype or tensor.dtype, tensor, kind)
 
 
 def _usable(like):
@@ -92,12 +96,11 @@ def _mapped(size):
     return block
 
 
-_ARENA = Arena()
+_ARENAS = [Arena(), Arena()]
 
 
 def _anew():
-    global _ARENA
-    _ARENA = Arena()  # of a forked process: another thread may have been inside
+    _ARENAS[:] = Arena(), Arena()  # of a forked process: another thread may have been inside
 
 
 if hasattr(os, "register_at_fork"):

@@ -389,7 +389,7 @@ def _parts(joined, count):
     """Copies of the parts: autograd keeps a gradient as it gets it, and these must not share their memory."""
     if joined is None:
         return [None] * count
-    return [_arena.empty_like(part).copy_(part) for part in joined.chunk(count)]
+    return [_arena.empty_like(part, kind=_arena.GRADIENT).copy_(part) for part in joined.chunk(count)]
 
 
 class _Layer(torch.autograd.Function):

@@ -160,7 +160,7 @@ def backward(activation, preact, wanted, grad_output, input, weight, bias, add=N
     N, K = weight.shape
     rows = _rows(input, K)
     grad_input = _arena.empty_like(rows) if wanted[0] else None
-    grad_weight = _arena.empty_like(weight) if wanted[1] else None
+    grad_weight = _arena.empty_like(weight, kind=_arena.GRADIENT) if wanted[1] else None
     grad_bias = bias.new_empty(N) if wanted[2] else None
     torch.ops.fastft.linear_act_backward(
         grad_input,
