@@ -83,18 +83,13 @@ def write(folder: Path, benchmark: str) -> None:
 
 def render(results: Results) -> str:
     """Markdown: the table, and below it the conditions that its figures depend on."""
-    cells, rows = TABLES[results["benchmark"]], results["rows"]
-    if results["benchmark"] == "grid":
-        slower = [row for row in rows if row["slower"]]
-        return (
-            (table([cells(row) for row in slower]) if slower else "")
-            + _grid_summary(rows)
-            + _grid_overview(rows)
-            + "\n"
-            + _conditions(results)
-            + "\n"
-        )
-    return table([cells(row) for row in rows]) + "\n" + _conditions(results) + "\n"
+    rows, benchmark = results["rows"], results["benchmark"]
+    if benchmark == "grid":
+        slower = [_grid_cells(row) for row in rows if row["slower"]]
+        text = (table(slower) if slower else "") + _grid_summary(rows) + _grid_overview(rows)
+    else:
+        text = table(TABLES[benchmark](rows))
+    return text + "\n" + _conditions(results) + "\n"
 
 
 def table(rows: Sequence[Mapping[str, str]]) -> str:
@@ -161,18 +156,83 @@ def _grid_overview(rows: Sequence[Row]) -> str:
     return f"{legend}\n\n{table(list(lines.values()))}"
 
 
-def _step_cells(row: Row) -> dict[str, str]:
+def _cell_of(row: Row) -> dict[str, str]:
+    uneven = ", uneven" if row.get("padding") == "uneven" else ""
     return {
         "model": row["model"],
-        "batch x length": f"{row['batch']} x {row['length']}",
+        "batch x length": f"{row['batch']} x {row['length']}{uneven}",
         "dtype": row["dtype"],
         "runs": row["provider"],
+    }
+
+
+def _step_cells(row: Row) -> dict[str, str]:
+    return {
+        **_cell_of(row),
         "step ms": _time(row["time"]),
         "x stock": _ratio(row["ratio"]),
         "tokens/s": f"{row['batch'] * row['length'] / row['time']['median']:,.0f}",
         "% of FMA peak": _percent(row["share"]),
         "activations MB": f"{row['kept'] / 1e6:,.0f}" if row["kept"] is not None else "-",
     }
+
+
+def _parts_cells(row: Row) -> dict[str, str]:
+    return {
+        **_cell_of(row),
+        "part": row["part"],
+        "ms": f"{row['seconds'] * 1e3:.1f}",
+        "% of step": _percent(row["seconds"] / row["step"]),
+        "floor ms": f"{row['floor'] * 1e3:.1f}" if row["floor"] else "-",
+        "% of floor": _percent(row["floor"] / row["seconds"]) if row["floor"] and row["seconds"] > 0 else "-",
+    }
+
+
+def _memory_cells(row: Row) -> dict[str, str]:
+    return {
+        **_cell_of(row),
+        "activations MB": f"{row['growth'] / 1e6:,.0f}",
+        "% of stock": _percent(row["share"]),
+        "goal": _percent(row["goal"]),
+        "step ms": _time(row["time"]) if "time" in row else "-",
+        "x stock": _ratio(row["ratio"]) if "ratio" in row else "-",
+    }
+
+
+def _inference_cells(row: Row) -> dict[str, str]:
+    return {
+        **_cell_of(row),
+        "ms": _time(row["time"]),
+        "x stock": _ratio(row["ratio"]),
+        "% of FMA peak": _percent(row["share"]),
+    }
+
+
+def _finetune_rows(rows: Sequence[Row]) -> list[dict[str, str]]:
+    """With ratios to what runs of the same job have in common with each."""
+    seconds = {_finetune_key(row): row["seconds"] for row in rows}
+
+    def times(row: Row, base: str) -> str:
+        other = seconds.get(_finetune_key({**row, "provider": base}))
+        return f"{other / row['seconds']:.2f}" if other else "-"
+
+    return [
+        {
+            "job": f"{row['job']}, {row['texts']} texts",
+            "dtype": row["dtype"],
+            "runs": row["provider"],
+            "training s": f"{row['seconds']:.1f}",
+            "x Trainer": times(row, "Trainer"),
+            "x Trainer, by length": times(row, "Trainer, by length"),
+            "padding": _percent(row["padding"]),
+            "accuracy": f"{row['accuracy']:.3f}",
+        }
+        for row in rows
+    ]
+
+
+def _finetune_key(row: Row) -> tuple:
+    return tuple(row[name] for name in ("job", "texts", "dtype", "provider", "batch_size"))
 
 
 def _scaling_cells(row: Row) -> dict[str, str]:
@@ -183,7 +243,20 @@ def _scaling_cells(row: Row) -> dict[str, str]:
     }
 
 
-TABLES = {"ops": _ops_cells, "grid": _grid_cells, "scaling": _scaling_cells, "step": _step_cells}
+def _each(cells: Callable[[Row], dict[str, str]]) -> Callable[[Sequence[Row]], list[dict[str, str]]]:
+    return lambda rows: [cells(row) for row in rows]
+
+
+TABLES = {
+    "ops": _each(_ops_cells),
+    "grid": _each(_grid_cells),
+    "scaling": _each(_scaling_cells),
+    "step": _each(_step_cells),
+    "parts": _each(_parts_cells),
+    "memory": _each(_memory_cells),
+    "inference": _each(_inference_cells),
+    "finetune": _finetune_rows,
+}
 
 
 def _time(spread: Row) -> str:
@@ -233,9 +306,9 @@ def plot(results: Results, path: Path) -> None:
     from matplotlib import pyplot
 
     rows = [row for row in results["rows"] if row.get("provider") != "stock"]
-    if draw := {"grid": _grid_plot, "scaling": _scaling_plot}.get(results["benchmark"]):
+    if draw := PLOTS.get(results["benchmark"]):
         figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-        draw(axes, rows)
+        draw(axes, results["rows"])
     else:
         figure, axes = pyplot.subplots(figsize=(8, 1.2 + 0.28 * len(rows)), layout="constrained")
         _bars(axes, rows, LABELS[results["benchmark"]])
@@ -284,9 +357,60 @@ def _scaling_plot(axes, rows: Sequence[Row]) -> None:
     axes.legend()
 
 
+def _parts_plot(axes, rows: Sequence[Row]) -> None:
+    """A bar per provider and cell, its parts side by side, and below it their floors."""
+    bars: dict[str, list[Row]] = {}
+    for row in rows:
+        bars.setdefault(_cell_label(row), []).append(row)
+    colors = {part: f"C{index}" for index, part in enumerate(dict.fromkeys(row["part"] for row in rows))}
+    for place, parts in enumerate(bars.values()):
+        for name, offset, alpha in (("seconds", -0.2, 1.0), ("floor", 0.2, 0.5)):
+            left = 0.0
+            for row in parts:
+                label = row["part"] if place == 0 and name == "seconds" else None
+                axes.barh(place + offset, row[name], 0.38, left, color=colors[row["part"]], alpha=alpha, label=label)
+                left += row[name]
+    axes.set_yticks(range(len(bars)), list(bars), fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("seconds of a step; pale: floors")
+    axes.legend(fontsize=8)
+
+
+def _memory_plot(axes, rows: Sequence[Row]) -> None:
+    """A bar per provider and cell."""
+    bars = axes.barh([_cell_label(row) for row in rows], [row["growth"] / 1e6 for row in rows], color="tab:blue")
+    axes.bar_label(bars, [f"{row['share']:.0%}" for row in rows], padding=4, fontsize=8)
+    axes.invert_yaxis()
+    axes.tick_params(labelsize=8)
+    axes.set_xlabel("MB of activations, and their share of stock's")
+
+
+def _finetune_plot(axes, rows: Sequence[Row]) -> None:
+    """A bar per run."""
+    names = [f"{row['job']}, {row['dtype']}, {row['provider']}" for row in rows]
+    ours = ["tab:blue" if row["provider"].startswith("fastft") else "tab:gray" for row in rows]
+    bars = axes.barh(names, [row["seconds"] for row in rows], color=ours)
+    axes.bar_label(bars, [f"{row['seconds']:.0f} s" for row in rows], padding=4, fontsize=8)
+    axes.invert_yaxis()
+    axes.tick_params(labelsize=8)
+    axes.set_xlabel("seconds of training")
+
+
+def _cell_label(row: Row) -> str:
+    return ", ".join(list(_cell_of(row).values()))
+
+
+PLOTS = {
+    "grid": _grid_plot,
+    "scaling": _scaling_plot,
+    "parts": _parts_plot,
+    "memory": _memory_plot,
+    "finetune": _finetune_plot,
+}
 LABELS = {
     "ops": lambda row: f"{row['op']} {row['sample']}, {row['path']}, {row['dtype']}, {row['kernel']}",
-    "step": lambda row: f"{row['model']} {row['batch']} x {row['length']}, {row['dtype']}, {row['provider']}",
+    "step": _cell_label,
+    "inference": _cell_label,
 }
 
 

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import report, step
+from benchmarks import cells, report, step
 from fastft import _library
 from fastft.testing import all_specs, timing
 from fastft.testing.measure import PASSES, Measurement, measure, paths
@@ -190,8 +190,17 @@ def test_the_wrong_gradient_is_refused():
 
 def test_flops_of_a_step():
     """Per token 72 H^2 L for the products, 12 S H L for attention."""
-    cell = step.Cell("bert-base", 16, 128, "float32")
+    cell = cells.Cell("bert-base", 16, 128, "float32")
     assert step.step_flops(cell) == 16 * 128 * (72 * 768**2 * 12 + 12 * 128 * 768 * 12)
+
+
+def test_uneven_batches_have_the_longest_sequence_and_no_flops_of_padding():
+    cell = cells.Cell("bert-base", 16, 128, "float32", "uneven")
+    lengths = cell.lengths()
+    assert max(lengths) == 128 and min(lengths) > 0 and len(set(lengths)) > 10 and lengths != sorted(lengths)
+    assert cell.tensors()["attention_mask"].sum(1).tolist() == lengths
+    assert cell.forward_flops()[1] == 4 * 768 * 12 * sum(length**2 for length in lengths)
+    assert cells.Cell("tiny", 1, 5, "float32", "uneven").lengths() == [5]
 
 
 def rows_of_a_step():
@@ -289,5 +298,5 @@ def test_a_readme_without_its_markers_is_left_alone(saved, text):
 
 def test_every_benchmark_is_listed():
     listed = subprocess.run([sys.executable, "-m", "benchmarks"], capture_output=True, text=True, check=True).stdout
-    for name in ("ops", "scaling", "step", "report"):
+    for name in ("finetune", "inference", "memory", "ops", "scaling", "step", "report"):
         assert f"python -m benchmarks.{name} " in listed

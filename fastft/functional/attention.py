@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch.autograd import forward_ad
 
-from fastft.functional import _autograd, _choice, _dropout
+from fastft.functional import _arena, _autograd, _choice, _dropout
 
 LARGEST_HEAD = 256  # elements of a head that the kernels are tested with
 
@@ -309,9 +309,9 @@ def _readable(tensor):
 
 def _tokens_first(query):
     if query.dim() == 3:
-        return query.new_empty(query.shape)
+        return _arena.empty_like(query)
     B, N, S, D = query.shape
-    return query.new_empty((B, S, N, D)).transpose(1, 2)
+    return _arena.empty((B, S, N, D), query.dtype, query).transpose(1, 2)
 
 
 def _empty_grad(tensor):

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from fastft import activations
-from fastft.functional import _autograd, _dropout
+from fastft.functional import _arena, _autograd, _dropout
 from fastft.functional.attention import Call
 from fastft.functional.attention import backward as attention_backward
 from fastft.functional.attention import composition as attention_composition
@@ -154,14 +154,15 @@ class _Run(NamedTuple):
         if second:
             output, more = self._feed_forward(seed, output, second, keep)
             kept += more
-        return output, kept
+        return output, kept if keep else ()
 
-    def backward(self, mask, cu_seqlens, seed, kept, wanted, grad, input, *parameters):
-        """Gradients of the input and of the parameters, None where not wanted."""
+    def backward(self, mask, cu_seqlens, seed, kept, wanted, grad, input, *parameters, spent=False):
+        """Gradients of the input and of the parameters, None where not wanted; ``kept`` may be ``spent``: overwritten,
+        nobody else has it."""
         if self.memory == "lowest":
             again = self._replace(memory="fast")
             _, kept = again.forward(mask, cu_seqlens, seed, input, parameters, keep=True)
-            return again.backward(mask, cu_seqlens, seed, kept, wanted, grad, input, *parameters)
+            return again.backward(mask, cu_seqlens, seed, kept, wanted, grad, input, *parameters, spent=True)
         (first, second), (of_first, of_second) = self.split(parameters), self.split(wanted[1:])
         grads_first, grads_second = (), ()
         if second:
@@ -171,7 +172,9 @@ class _Run(NamedTuple):
                     kept[4], None, first.norm_weight, first.norm_bias, self.attention.eps, _dropout.NONE, keep=False
                 )
             wants_x = any(wanted) if first else wanted[0]
-            grad, grads_second = self._feed_forward_backward(seed, kept[-4:], wants_x, of_second, grad, x, second)
+            grad, grads_second = self._feed_forward_backward(
+                seed, kept[-4:], wants_x, of_second, grad, x, second, spent
+            )
         if first:
             grad, grads_first = self._attend_backward(
                 mask, cu_seqlens, seed, kept[:7], wanted[0], of_first, grad, input, first
@@ -182,11 +185,17 @@ class _Run(NamedTuple):
 
     def _attend(self, mask, cu_seqlens, seed, x, p, keep):
         o, starts = self.attention, self._starts(cu_seqlens, x)
-        query, joined = self._project(x, starts, p)
         rows = x if starts is None else x[starts]
-        context = joined.new_empty(rows.shape)
+        if keep:
+            query, joined = self._project(rows, x, p)
+            heads = self._heads(query, joined)
+        else:  # without a copy of the weights, which takes longer than it saves where rows are few
+            query = joined = None
+            queries, keys, values = (self._linear(*linear) for linear in zip((rows, x, x), p[:3], p[3:6], strict=True))
+            heads = self._queries(queries), *(_heads(part, 1, o.heads, self.layout)[0] for part in (keys, values))
+        context = _arena.empty(rows.shape, self.dtype, x)
         _, stats = attention_forward(
-            *(self._call(), *self._heads(query, joined), *self._masks(mask, cu_seqlens)),
+            *(self._call(), *heads, *self._masks(mask, cu_seqlens)),
             *(seed if self._call().threshold else None, keep, self._queries(context)),
         )
         mixed = self._linear(context, p.output_weight, p.output_bias)
@@ -205,7 +214,7 @@ class _Run(NamedTuple):
             *(0, None, (True, wanted.output_weight, wanted.output_bias)),
             *(grad_mixed, context, p.output_weight, p.output_bias),
         )
-        grad_query, grad_joined = (None if part is None else torch.empty_like(part) for part in (query, joined))
+        grad_query, grad_joined = (None if part is None else _arena.empty_like(part) for part in (query, joined))
         attention_backward(
             *(self._call(), self._heads(grad_query, grad_joined), self._queries(grad_context), stats),
             *(*self._heads(query, joined), *self._masks(mask, cu_seqlens)),
@@ -243,11 +252,11 @@ class _Run(NamedTuple):
         B, S, packed, _ = self.layout
         return cu_seqlens[:-1].long() if packed else torch.arange(0, B * S, S, device=x.device)
 
-    def _project(self, x, starts, p):
-        """None and query, key and value side by side, or a query for ``starts`` and the others for all rows."""
-        if starts is None:
+    def _project(self, rows, x, p):
+        """None and query, key and value side by side, or a query for some ``rows`` and the others for all."""
+        if rows is x:
             return None, self._linear(x, *_joined(p, 0))
-        return self._linear(x[starts], p.query_weight, p.query_bias), self._linear(x, *_joined(p, 1))
+        return self._linear(rows, p.query_weight, p.query_bias), self._linear(x, *_joined(p, 1))
 
     def _heads(self, query, joined):
         """Query, key and value as attention takes them."""
@@ -281,8 +290,9 @@ class _Run(NamedTuple):
         y, *norm = norm_forward(mixed, x, p.norm_weight, p.norm_bias, o.eps, dropout, keep)
         return y, (preact, *norm)
 
-    def _feed_forward_backward(self, seed, kept, wants_x, wanted, grad, x, p):
+    def _feed_forward_backward(self, seed, kept, wants_x, wanted, grad, x, p, spent):
         o, (preact, *norm) = self.feed_forward, kept
+        spent = spent or preact is None
         if preact is None:
             preact = self._linear(x, p.inner_weight, p.inner_bias)
         grad_mixed, grad_x, grad_norm_weight, grad_norm_bias = norm_backward(
@@ -292,7 +302,7 @@ class _Run(NamedTuple):
         )
         # The pre-activation stands in for the activation, of which this product needs the shape only.
         grad_inner, _, _ = linear_backward(0, None, (True, False, False), grad_mixed, preact, p.output_weight, None)
-        inner = torch.empty_like(preact)
+        inner = preact if spent else _arena.empty_like(preact)
         grad_x, grad_inner_weight, grad_inner_bias = self._linear_backward(
             *(wants_x, wanted.inner_weight, wanted.inner_bias),
             *(grad_inner, x, p.inner_weight, p.inner_bias),
@@ -367,12 +377,19 @@ def _heads(rows, parts, heads, layout):
 
 def _joined(p, first):
     """Weight and bias of one linear layer that gives query (if 0 is ``first``), key and value side by side."""
-    return torch.cat(p[first:3]), torch.cat(p[3 + first : 6])
+    weights, biases = p[first:3], p[3 + first : 6]
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return torch.cat(weights), torch.cat(biases)
+    width = weights[0].shape[1]
+    joined = _arena.empty((sum(map(len, weights)), width), weights[0].dtype, weights[0])
+    return torch.cat(weights, out=joined), torch.cat(biases)
 
 
 def _parts(joined, count):
     """Copies of the parts: autograd keeps a gradient as it gets it, and these must not share their memory."""
-    return [None] * count if joined is None else [part.clone() for part in joined.chunk(count)]
+    if joined is None:
+        return [None] * count
+    return [_arena.empty_like(part, kind=_arena.GRADIENT).copy_(part) for part in joined.chunk(count)]
 
 
 class _Layer(torch.autograd.Function):

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from fastft.functional import _autograd, _choice, _dropout
+from fastft.functional import _arena, _autograd, _choice, _dropout
 
 ROWS_OF_PARTIAL_SUMS = 64  # kSumRows in csrc/kernels.h
 
@@ -118,9 +118,9 @@ def forward(rows, residual, weight, bias, eps, dropout, keep):
     kept = next((tensor.dtype for tensor in (weight, bias, residual) if tensor is not None), rows.dtype)
     rows, M = rows.contiguous(), rows.shape[0]
     statistic = torch.float64 if kept == torch.float64 else torch.float32
-    output = rows.new_empty(rows.shape, dtype=kept)
+    output = _arena.empty_like(rows, kept)
     summed = keep and (residual is not None or dropout[0] is not None)
-    sum = rows.new_empty(rows.shape, dtype=kept) if summed else None
+    sum = _arena.empty_like(rows, kept) if summed else None
     mean, rstd = (rows.new_empty(M, dtype=statistic) if keep else None for _ in range(2))
     residual, weight, bias = (None if t is None else t.contiguous() for t in (residual, weight, bias))
     torch.ops.fastft.layer_norm_forward(output, sum, mean, rstd, rows, residual, weight, bias, eps, *dropout)
@@ -132,8 +132,8 @@ def backward(saved, dropout, wanted, grad_output, rows, residual, weight, bias):
     sum, mean, rstd = saved
     M, H = sum.shape
     alike = wanted[0] and wanted[1] and dropout[0] is None and rows.dtype == sum.dtype
-    grad_rows = torch.empty_like(sum, dtype=rows.dtype) if wanted[0] else None
-    grad_residual = torch.empty_like(sum) if wanted[1] and not alike else None
+    grad_rows = _arena.empty_like(sum, rows.dtype) if wanted[0] else None
+    grad_residual = _arena.empty_like(sum) if wanted[1] and not alike else None
     grad_weight = weight.new_empty(H) if wanted[2] else None
     grad_bias = bias.new_empty(H) if wanted[3] else None
     partial = None

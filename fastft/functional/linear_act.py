@@ -5,7 +5,7 @@ import functools
 import torch
 
 from fastft import activations
-from fastft.functional import _autograd, _choice
+from fastft.functional import _arena, _autograd, _choice
 
 
 def linear_act(input, weight, bias=None, activation="gelu"):
@@ -142,8 +142,8 @@ def forward(input, weight, bias, activation, dtype, keep):
     N, K = weight.shape
     rows = _rows(input, K)
     # No view of another tensor: callers may change it in place.
-    output = input.new_empty((*input.shape[:-1], N), dtype=dtype)
-    preact = input.new_empty((rows.shape[0], N), dtype=dtype) if keep and activation else None
+    output = _arena.empty((*input.shape[:-1], N), dtype, input)
+    preact = _arena.empty((rows.shape[0], N), dtype, input) if keep and activation else None
     torch.ops.fastft.linear_act_forward(
         output if output.ndim == 2 else output.view(rows.shape[0], N),
         preact,
@@ -159,8 +159,8 @@ def backward(activation, preact, wanted, grad_output, input, weight, bias, add=N
     """Gradients of input (plus ``add``), weight and bias, None where not wanted; ``output`` is written once more."""
     N, K = weight.shape
     rows = _rows(input, K)
-    grad_input = torch.empty_like(rows) if wanted[0] else None
-    grad_weight = weight.new_empty((N, K)) if wanted[1] else None
+    grad_input = _arena.empty_like(rows) if wanted[0] else None
+    grad_weight = _arena.empty_like(weight, kind=_arena.GRADIENT) if wanted[1] else None
     grad_bias = bias.new_empty(N) if wanted[2] else None
     torch.ops.fastft.linear_act_backward(
         grad_input,

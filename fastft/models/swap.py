@@ -74,12 +74,12 @@ def _float32(value):
 def adapter(stock):
     """The Python module that holds the replacement of the class ``stock``, or None.
 
-    For torch.nn.Linear it is linear.py, for transformers.models.<architecture> it is <architecture>.py; any other class
-    names its own in ``_fastft_adapter``.
+    For torch.nn.Linear it is linear.py, for torch.nn.Embedding embedding.py, for transformers.models.<architecture> it
+    is <architecture>.py; any other class names its own in ``_fastft_adapter``.
     """
     home = vars(stock).get("_fastft_adapter")
-    if stock is torch.nn.Linear:
-        home = "fastft.models.linear"
+    if stock in (torch.nn.Linear, torch.nn.Embedding):
+        home = f"fastft.models.{stock.__name__.lower()}"
     elif match := re.fullmatch(r"transformers\.models\.(\w+)\.modeling_\1", stock.__module__):
         home = f"fastft.models.{match[1]}"
     return importlib.import_module(home) if home and importlib.util.find_spec(home) else None

@@ -1,0 +1,131 @@
+"""Inference of BERT-base: stock Transformers, fastft.optimize, and ONNX Runtime in float32 where it is installed.
+
+A call is the forward of a sequence classifier in evaluation mode under no_grad, on full batches and on one as uneven as
+snippets of movie reviews are. Stock has SDPA attention; bfloat16 is autocast over float32 weights, and beside it
+weights that were converted to bfloat16. ONNX Runtime needs `pip install onnxruntime onnx onnxscript`.
+"""
+
+import argparse
+import importlib.util
+import logging
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from benchmarks import cells, report
+from benchmarks.cells import Cell
+from fastft import _library
+from fastft.testing.timing import BeatsPeak, Peaks, compare
+
+SIZES = ("1x128", "32x128")
+STOCK, FASTFT, CONVERTED, ONNX = "stock", "fastft", ", converted", "ONNX Runtime"
+PACKAGES = ("onnxruntime", "onnx", "onnxscript")
+
+
+def main() -> int:
+    """Measures what the options select and prints the table; 1 if a row beat the peak."""
+    options = _options()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    peaks, measured = Peaks(device=options.device), []
+    for cell in _cells(options):
+        measured += _measure(cell, peaks, options)
+    peaks.finish()
+    rows, failures = [], []
+    for row, flops in measured:
+        try:
+            pytorch = not row["provider"].startswith(FASTFT)
+            share = peaks.share(flops, 0, row["time"]["median"], getattr(torch, row["dtype"]), pytorch=pytorch)
+        except BeatsPeak as error:
+            share = None
+            failures.append(f"{row['batch']} x {row['length']}, {row['provider']}: {error}")
+        rows.append({**row, "flops": flops, "share": share})
+    name = _library.isa() if _library.available() else "none"
+    same = ("model", "batch", "length", "dtype", "padding", "provider")
+    report.publish("inference", rows, {name: peaks.as_dict()}, options, add_by=same if options.add else ())
+    for failure in failures:
+        print(f"beats the peak: {failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.inference", description=__doc__)
+    cells.add_options(parser, models=("bert-base",))
+    parser.add_argument("--add", action="store_true", help="keep other cells that were saved before")
+    report.add_options(parser, rounds=11)
+    return parser.parse_args()
+
+
+def _cells(options: argparse.Namespace) -> list[Cell]:
+    found = cells.chosen(options, dict.fromkeys(cells.MODELS, SIZES), cells.PADDING)
+    return [cell for cell in found if cell.padding == "none" or cell.batch > 1]
+
+
+def _measure(cell: Cell, peaks: Peaks, options: argparse.Namespace) -> list[tuple[dict, float]]:
+    runs = {STOCK: _pytorch(cell, False, options.device), FASTFT: _pytorch(cell, True, options.device)}
+    if cell.dtype == "bfloat16":
+        runs |= {
+            f"{STOCK}{CONVERTED}": _pytorch(cell, False, options.device, converted=True),
+            f"{FASTFT}{CONVERTED}": _pytorch(cell, True, options.device, converted=True),
+        }
+    elif options.device == "cpu" and all(map(importlib.util.find_spec, PACKAGES)):
+        runs[ONNX] = _onnx(cell)
+    times = compare(runs, rounds=options.rounds, peaks=peaks, device=options.device)
+    rows = []
+    for name in runs:
+        base = f"{STOCK}{CONVERTED}" if name.endswith(CONVERTED) else STOCK
+        row = {**asdict(cell), "provider": name, "time": asdict(times[name])}
+        rows.append(({**row, "ratio": asdict(times.ratio(name, base))}, sum(cell.forward_flops())))
+        print(f"{cell}: {name} {times[name].median * 1e3:.1f} ms", file=sys.stderr)
+    return rows
+
+
+def _pytorch(cell: Cell, optimize: bool, device: str, converted: bool = False) -> Callable[[], torch.Tensor]:
+    model = cell.classifier().to(device).eval()
+    if converted:
+        model = model.to(torch.bfloat16)
+    if optimize:
+        import fastft
+
+        fastft.optimize(model)
+    batch = _inputs(cell, device)
+    cast = replace(cell, dtype="float32") if converted else cell  # no autocast where the weights are in bfloat16
+
+    @torch.no_grad()
+    def run() -> torch.Tensor:
+        with cast.autocast(device):
+            return model(**batch).logits
+
+    return run
+
+
+def _inputs(cell: Cell, device: str = "cpu") -> dict[str, torch.Tensor]:
+    batch = cell.tensors(device)
+    del batch["labels"]
+    return batch
+
+
+def _onnx(cell: Cell) -> Callable[[], object]:
+    """The stock model in ONNX Runtime, all of its optimizations on, as many threads as torch has."""
+    import onnxruntime
+
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    model, batch = cell.classifier().eval(), _inputs(cell)
+    model.config.return_dict = False
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.onnx"
+        torch.onnx.export(model, (), str(file), kwargs=batch, dynamo=True, verbose=False)
+        session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    names = [found.name for found in session.get_inputs()]
+    fed = {name: batch[name].numpy() for name in names}
+    return lambda: session.run(None, fed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

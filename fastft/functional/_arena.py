@@ -1,0 +1,107 @@
+"""Memory of activations, taken again and again.
+
+What the C library gives back to the system costs a page fault for every 4 KB when it comes anew, and what it keeps it
+often does not find again: a freed block is too small, by the alignment, for another request of its size. Here a block
+belongs to one tensor's storage for as long as that lives, whoever holds it, so that nothing has to know when an
+activation or a gradient is needed no more.
+"""
+
+import collections
+import math
+import mmap
+import os
+import threading
+import weakref
+
+import torch
+
+LEAST = 1 << 20  # bytes; below, PyTorch's allocator is fast enough
+
+
+# Gradients of weights come back all at once, when the step is over, and activations would take their blocks to pieces.
+ACTIVATION, GRADIENT = 0, 1
+
+
+def empty(shape, dtype, like, kind=ACTIVATION):
+    """``like.new_empty(shape, dtype=dtype)``: no view, and no other tensor has its memory."""
+    count = math.prod(shape)
+    size = count * dtype.itemsize
+    if size < LEAST or not _usable(like):
+        return like.new_empty(shape, dtype=dtype)
+    try:
+        memory = _ARENAS[kind].take(size)
+    except OSError:
+        return like.new_empty(shape, dtype=dtype)  # PyTorch says best that there is none
+    return torch.frombuffer(memory, dtype=dtype, count=count).resize_(shape)  # .view() would make it a view
+
+
+def empty_like(tensor, dtype=None, kind=ACTIVATION):
+    """The same, of a tensor's shape, dense."""
+    return empty(tensor.shape, dtype or tensor.dtype, tensor, kind)
+
+
+def _usable(like):
+    """Whether there is memory to be had: not of fake tensors, nor of another device's."""
+    plain = type(like) in (torch.Tensor, torch.nn.Parameter) and like.is_cpu
+    return plain and hasattr(mmap, "MAP_ANONYMOUS") and not torch.compiler.is_compiling()
+
+
+class Arena:
+    """Blocks of memory. Idle ones are given up, the longest idle first, only where there would be more of them and of
+    those in use than were once in use together."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._idle = []  # the longest idle first
+        self._returned = collections.deque()  # by whoever drops the last reference, in the middle of anything
+        self._taken = {}
+        self._bytes = self._most = 0  # of all blocks; of those once in use together
+
+    def take(self, size):
+        """At least ``size`` bytes, as a memoryview; they come back when it is gone."""
+        size = _rounded(size)
+        with self._lock:
+            while self._returned:
+                self._idle.append(self._returned.popleft())
+            self._most = max(self._most, self._bytes - sum(map(len, self._idle)) + size)
+            fitting = [block for block in self._idle if size <= len(block) <= size * 5 // 4]
+            block = min(reversed(fitting), key=len, default=None)  # of equal ones the last used, which caches may hold
+            if block is not None:
+                self._idle = [other for other in self._idle if other is not block]
+            else:
+                while self._idle and self._bytes + size > self._most:
+                    self._bytes -= len(self._idle.pop(0))
+                block = _mapped(size)
+                self._bytes += size
+        memory = memoryview(block)
+        reference = weakref.ref(memory, self._give_back)
+        self._taken[id(reference)] = reference, block  # memoryviews have no hash
+        return memory
+
+    def _give_back(self, reference):
+        _, block = self._taken.pop(id(reference))
+        self._returned.append(block)
+
+
+def _rounded(size):
+    """In steps of an eighth of the power of two below: batches of almost the same size share blocks."""
+    step = max(1 << 12, 1 << (size.bit_length() - 4))
+    return -(-size // step) * step
+
+
+def _mapped(size):
+    block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        block.madvise(mmap.MADV_HUGEPAGE)
+    return block
+
+
+_ARENAS = [Arena(), Arena()]
+
+
+def _anew():
+    _ARENAS[:] = Arena(), Arena()  # of a forked process: another thread may have been inside
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_anew)
