@@ -24,11 +24,8 @@ def embedding(input, weight, padding_idx=None):
     why_not = _choice.unsupported(weight)
     if why_not is None and not weight.is_cpu:
         why_not = "on a GPU PyTorch's allocator takes memory again"
-    # Our part is the gradient.
-    sums = weight.dtype in (
-        torch.float32,
-        torch.float64,
-    )  # others one after the other would lose more than PyTorch's do
+    # Ours is the gradient only; sums of other dtypes, one row after the other, would lose more than PyTorch's do.
+    sums = weight.dtype in (torch.float32, torch.float64)
     passed = not (sums and _autograd.needs_grad(weight)) or torch.compiler.is_compiling() or input.numel() == 0
     if not _choice.runs("embedding", why_not) or passed:
         return torch.nn.functional.embedding(input, weight, padding_idx)

@@ -130,11 +130,10 @@ def _table(path: Path, encoding: str) -> tuple[list[str], Iterator[tuple[int, li
 
 def _rows(path: Path, lines: Iterator[str], delimiter: str) -> Iterator[tuple[int, list[str]]]:
     """Yields (first line, fields) of every row that is no empty line."""
-    limit = csv.field_size_limit(LONGEST_FIELD)
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     line = 1
     try:
-        for fields in reader:
+        while (fields := _next(reader)) is not None:
             if fields:
                 yield line, fields
             line = reader.line_num + 1
@@ -147,6 +146,12 @@ def _rows(path: Path, lines: Iterator[str], delimiter: str) -> Iterator[tuple[in
         elif "expected after" in reason:
             reason = "a quote inside a quoted field is not doubled, or one is opened and never closed"
         raise ValueError(f"{path}, line {line}: {reason}") from error
+
+
+def _next(reader: Iterator[list[str]]) -> list[str] | None:
+    limit = csv.field_size_limit(LONGEST_FIELD)  # everybody's: changed for no longer than it takes to read a row
+    try:
+        return next(reader, None)
     finally:
         csv.field_size_limit(limit)
 
