@@ -47,8 +47,8 @@ def samples(t):
     yield Sample(
         "below the least normal number", t(40, 24, scale=0), t(32, 24), t(32, scale=1e-39), activation="identity"
     )
-    yield Sample("few rows: the weight is not the operand that is packed", *linear(70, 136, 1230))
-    yield Sample("few rows, edges everywhere", *linear(33, 37, 397, bias=False), activation="tanh")
+    yield Sample("few rows: the weight is not the operand that is packed", *linear(37, 20, 230))
+    yield Sample("few rows, edges everywhere", *linear(9, 37, 61, bias=False), activation="tanh")
     for M, (K, N, activation) in itertools.product((4096, 2048, 256), LAYERS):
         yield Timed(f"{M}x{K}->{N} {activation}", *linear(M, K, N), activation=activation)
     for name in functional.ACTIVATIONS:
