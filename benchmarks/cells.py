@@ -2,10 +2,15 @@
 
 import argparse
 import random
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+
+from benchmarks import report
+from fastft import _library
+from fastft.testing.timing import BeatsPeak, Peaks
 
 MODELS = {  # sizes of BertConfig
     "bert-base": {},
@@ -14,6 +19,7 @@ MODELS = {  # sizes of BertConfig
 }
 DTYPES = ("float32", "bfloat16")
 PADDING = ("none", "uneven")
+ROW = ("model", "batch", "length", "dtype", "padding", "provider")  # what tells rows apart
 
 # Tokens of the movie-review snippets of benchmarks.datasets by MiniLM's tokenizer: every twentieth of them, sorted.
 SNIPPET_LENGTHS = (6, 11, 13, 15, 17, 19, 20, 22, 24, 25, 26, 28, 29, 31, 32, 34, 36, 39, 42, 46, 72)
@@ -85,6 +91,7 @@ def add_options(parser: argparse.ArgumentParser, models: Sequence[str] = ("bert-
     parser.add_argument("--model", action="append", choices=tuple(MODELS), help=f"repeatable ({', '.join(models)})")
     parser.add_argument("--cell", action="append", metavar="BATCHxLENGTH", type=_size, help="repeatable, like 64x32")
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="(both)")
+    parser.add_argument("--add", action="store_true", help="keep other cells that were saved before")
     parser.set_defaults(models=models)
 
 
@@ -95,6 +102,37 @@ def chosen(options: argparse.Namespace, sizes: dict[str, Sequence[str]], padding
             for pattern in padding:
                 for dtype in options.dtype or DTYPES:
                     yield Cell(model, *map(int, size.split("x")), dtype, pattern)
+
+
+def publish(
+    benchmark: str, measured: Sequence[tuple[dict, float, bool | None]], peaks: Peaks, options: argparse.Namespace
+) -> int:
+    """Prints the table of rows with their shares of the peak, and writes what the options ask for.
+
+    Args:
+        measured: rows, each with its FLOPs and whether PyTorch's kernels made them; None where some were left out, so
+            that there is no share.
+    Returns: 1 if a row beat the peak.
+    """
+    peaks.finish()
+    rows, failures = [], []
+    for row, flops, pytorch in measured:
+        share = None
+        try:
+            if pytorch is not None:
+                share = peaks.share(flops, 0, row["time"]["median"], getattr(torch, row["dtype"]), pytorch=pytorch)
+        except BeatsPeak as error:
+            failures.append(f"{row['model']} {row['batch']} x {row['length']}, {row['provider']}: {error}")
+        rows.append({**row, "flops": flops, "share": share})
+    report.publish(benchmark, rows, limits(peaks), options, add_by=ROW if options.add else ())
+    for failure in failures:
+        print(f"beats the peak: {failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def limits(peaks: Peaks) -> dict[str, dict]:
+    """For the results, by the instruction set they are of."""
+    return {_library.isa() if _library.available() else "none": peaks.as_dict()}
 
 
 def _size(text: str) -> str:

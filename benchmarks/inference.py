@@ -18,8 +18,7 @@ import torch
 
 from benchmarks import cells, report
 from benchmarks.cells import Cell
-from fastft import _library
-from fastft.testing.timing import BeatsPeak, Peaks, compare
+from fastft.testing.timing import Peaks, compare
 
 SIZES = ("1x128", "32x128")
 STOCK, FASTFT, CONVERTED, ONNX = "stock", "fastft", ", converted", "ONNX Runtime"
@@ -34,28 +33,12 @@ def main() -> int:
     peaks, measured = Peaks(device=options.device), []
     for cell in _cells(options):
         measured += _measure(cell, peaks, options)
-    peaks.finish()
-    rows, failures = [], []
-    for row, flops in measured:
-        try:
-            pytorch = not row["provider"].startswith(FASTFT)
-            share = peaks.share(flops, 0, row["time"]["median"], getattr(torch, row["dtype"]), pytorch=pytorch)
-        except BeatsPeak as error:
-            share = None
-            failures.append(f"{row['batch']} x {row['length']}, {row['provider']}: {error}")
-        rows.append({**row, "flops": flops, "share": share})
-    name = _library.isa() if _library.available() else "none"
-    same = ("model", "batch", "length", "dtype", "padding", "provider")
-    report.publish("inference", rows, {name: peaks.as_dict()}, options, add_by=same if options.add else ())
-    for failure in failures:
-        print(f"beats the peak: {failure}", file=sys.stderr)
-    return 1 if failures else 0
+    return cells.publish("inference", measured, peaks, options)
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.inference", description=__doc__)
     cells.add_options(parser, models=("bert-base",))
-    parser.add_argument("--add", action="store_true", help="keep other cells that were saved before")
     report.add_options(parser, rounds=11)
     return parser.parse_args()
 
@@ -65,7 +48,7 @@ def _cells(options: argparse.Namespace) -> list[Cell]:
     return [cell for cell in found if cell.padding == "none" or cell.batch > 1]
 
 
-def _measure(cell: Cell, peaks: Peaks, options: argparse.Namespace) -> list[tuple[dict, float]]:
+def _measure(cell: Cell, peaks: Peaks, options: argparse.Namespace) -> list[tuple[dict, float, bool]]:
     runs = {STOCK: _pytorch(cell, False, options.device), FASTFT: _pytorch(cell, True, options.device)}
     if cell.dtype == "bfloat16":
         runs |= {
@@ -79,7 +62,8 @@ def _measure(cell: Cell, peaks: Peaks, options: argparse.Namespace) -> list[tupl
     for name in runs:
         base = f"{STOCK}{CONVERTED}" if name.endswith(CONVERTED) else STOCK
         row = {**asdict(cell), "provider": name, "time": asdict(times[name])}
-        rows.append(({**row, "ratio": asdict(times.ratio(name, base))}, sum(cell.forward_flops())))
+        row["ratio"] = asdict(times.ratio(name, base))
+        rows.append((row, sum(cell.forward_flops()), not name.startswith(FASTFT)))
         print(f"{cell}: {name} {times[name].median * 1e3:.1f} ms", file=sys.stderr)
     return rows
 

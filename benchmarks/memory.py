@@ -37,8 +37,7 @@ def main() -> int:
     rows = []
     for cell in cells.chosen(options, SIZES):
         rows += _measure(cell, options)
-    same = ("model", "batch", "length", "dtype", "padding", "provider")
-    report.publish("memory", rows, {}, options, add_by=same if options.add else ())
+    report.publish("memory", rows, {}, options, add_by=cells.ROW if options.add else ())
     return 0
 
 
@@ -46,7 +45,6 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__)
     cells.add_options(parser, models=("bert-base",))
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)  # a cell as JSON and a provider: in a fresh process
-    parser.add_argument("--add", action="store_true", help="keep other cells that were saved before")
     report.add_options(parser, rounds=3)
     options = parser.parse_args()
     if options.device != "cpu" or not sys.platform.startswith("linux"):

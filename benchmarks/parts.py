@@ -31,9 +31,8 @@ _BY_NAME = {
     PACKING: ("cat", "clone", "copy_", "_to_copy"),
 }
 _PART = {name: part for part, names in _BY_NAME.items() for name in names}
-OPTIMIZER_BYTES = (
-    32  # per parameter: itself and two moments read and written, the gradient read twice, for its norm too
-)
+# Per parameter: itself and two moments read and written, the gradient read twice, for its norm too.
+OPTIMIZER_BYTES = 32
 FEW = 64  # rows
 
 

@@ -16,8 +16,7 @@ import torch
 
 from benchmarks import cells, parts, report
 from benchmarks.cells import Cell, Training
-from fastft import _library
-from fastft.testing.timing import BeatsPeak, Peaks, Spread, compare, kept_for_backward
+from fastft.testing.timing import Peaks, Spread, compare, kept_for_backward
 
 SIZES = {"bert-base": ("16x128",), "minilm": ("32x128",)}
 STOCK, FIRST, COMPILE = "stock", "fastft, first", "torch.compile"
@@ -41,27 +40,11 @@ def main() -> int:
     measure = _parts if options.parts else _measure
     for cell in cells.chosen(options, SIZES, options.padding or cells.PADDING):
         measured += measure(cell, providers, peaks, options)
+    if not options.parts:
+        return cells.publish("step", measured, peaks, options)
     peaks.finish()
-    name = _library.isa() if _library.available() else "none"
-    if options.parts:
-        report.publish("parts", [found.row(peaks) for found in measured], {name: peaks.as_dict()}, options)
-        return 0
-    rows, failures = [], []
-    for row, flops in measured:
-        try:
-            dtype, pytorch = getattr(torch, row["dtype"]), "optimize" not in PROVIDERS[row["provider"]]
-            share = None
-            if row["provider"] != FIRST:  # which leaves some of them out
-                share = peaks.share(flops, 0, row["time"]["median"], dtype, pytorch=pytorch)
-        except BeatsPeak as error:
-            share = None
-            failures.append(f"{row['model']} {row['batch']} x {row['length']}, {row['provider']}: {error}")
-        rows.append({**row, "flops": flops, "share": share})
-    same = ("model", "batch", "length", "dtype", "padding", "provider")
-    report.publish("step", rows, {name: peaks.as_dict()}, options, add_by=same if options.add else ())
-    for failure in failures:
-        print(f"beats the peak: {failure}", file=sys.stderr)
-    return 1 if failures else 0
+    report.publish("parts", [found.row(peaks) for found in measured], cells.limits(peaks), options)
+    return 0
 
 
 def _options() -> argparse.Namespace:
@@ -71,13 +54,12 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="torch.compile of the stock model too; takes minutes")
     parser.add_argument("--only", action="append", choices=[n for n in PROVIDERS if n != STOCK], help="beside stock")
     parser.add_argument("--parts", action="store_true", help="where the time goes instead of how long it is")
-    parser.add_argument("--add", action="store_true", help="keep other cells that were saved before")
     report.add_options(parser, rounds=7)
     return parser.parse_args()
 
 
-def _measure(cell: Cell, providers: list[str], peaks: Peaks, options: argparse.Namespace) -> list[tuple[dict, float]]:
-    """The table's rows of one cell, each with its FLOPs."""
+def _measure(cell: Cell, providers: list[str], peaks: Peaks, options: argparse.Namespace) -> list[tuple]:
+    """What cells.publish takes of one cell."""
     trainings = {name: Training(cell, **PROVIDERS[name], device=options.device) for name in providers}
     times = compare(
         {name: training.step for name, training in trainings.items()},
@@ -98,7 +80,8 @@ def _measure(cell: Cell, providers: list[str], peaks: Peaks, options: argparse.N
         if name != COMPILE:
             given = [*training.parameters, *training.batch.values()]
             row["kept"] = kept_for_backward(training.forward, given)
-        rows.append((row, step_flops(cell)))
+        pytorch = None if name == FIRST else "optimize" not in PROVIDERS[name]  # FIRST leaves some FLOPs out
+        rows.append((row, step_flops(cell), pytorch))
     return rows
 
 

@@ -16,8 +16,7 @@ int64_t gemm_tasks(Tensor work, int64_t M, int64_t N, int64_t K, bool is_bf16, b
 STABLE_TORCH_LIBRARY_FRAGMENT(fastft, m) {
   m.def(
       "gemm_tasks(Tensor(a!) work, int M, int N, int K, bool is_bf16, bool a_depth_major, bool b_depth_major, int "
-      "threads, "
-      "int phase) -> int");
+      "threads, int phase) -> int");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastft, CPU, m) { m.impl("gemm_tasks", TORCH_BOX(&gemm_tasks)); }
 

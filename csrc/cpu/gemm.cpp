@@ -4,10 +4,6 @@
 namespace FASTFT_NAMESPACE {
 namespace {
 
-constexpr int kDepth =
-    128;  // units of depth per block: B's block of a panel is 16 KB (AVX-512), its tile of A 7 KB: both in L1
-constexpr int kDepthStride =
-    kDepth + 16;  // row stride of a copied block of A: 9 cache lines, so that 14 rows fall into 14 different sets
 constexpr int kPanelRows = (kTileRows + 7) / 8 * 8;    // row stride of a transposed block's panels
 constexpr int64_t kPackDepth = 128, kPackPanels = 16;  // a task of packing B reads runs of 16 panels' width
 constexpr int64_t kBlockTiles = 8, kBlockCols = 768;   // C of a task: at most 8 x 14 x 768 x 4 B = 344 KB of L2
@@ -20,7 +16,7 @@ void copy_rows(typename Tile::Unit* out, Operand<T> a, int64_t K, int64_t row, i
   constexpr int P = Tile::kPair;
   const int64_t elements = (K < to * P ? K : to * P) - from * P;
   for (int64_t i = 0; i < rows; ++i)
-    copy_units<Tile>(out + i * kDepthStride, a.data + (row + i) * a.stride + from * P, elements);
+    copy_units<Tile>(out + i * kCopyStride, a.data + (row + i) * a.stride + from * P, elements);
 }
 
 template <class Tile, class T>
@@ -41,7 +37,7 @@ void copy_panels(typename Tile::Unit* out, Operand<T> a, int64_t M, int64_t K, i
 }
 
 // Asks for part `slice` of `slices` of a task's rows of A, units [from, to) of depth: copied when the depth before it is
-// done, they would otherwise wait for memory (and for page tables, where A is transposed): 1 to 6 % of the product.
+// done, they would otherwise wait for memory (and for page tables, where A is transposed): 1 to 4 % of the product.
 template <class Tile, class T>
 void prefetch_rows(Operand<T> a, int64_t K, int64_t row, int64_t rows, int64_t from, int64_t to, int64_t slice,
                    int64_t slices) {
@@ -149,7 +145,7 @@ void product(int64_t M, int64_t N, int64_t K, Operand<TA> a, Operand<TB> b,
   constexpr int kCols = kTileCols<Tile>;
   const Partition part = partition(M, N, kTileRows, kCols, host.threads);
   const int64_t depth = ceil_div(K, Tile::kPair);
-  const int64_t tile_units = a.depth_major ? kDepth * kPanelRows : int64_t(kDepthStride) * kTileRows;
+  const int64_t tile_units = a.depth_major ? kDepth * kPanelRows : int64_t(kCopyStride) * kTileRows;
 
   Unit* const packed = scratch<Unit>(host, part.panels * depth * kCols);
   const int64_t panel_size = depth * kCols;
@@ -201,7 +197,7 @@ void product(int64_t M, int64_t N, int64_t K, Operand<TA> a, Operand<TB> b,
           if (a.depth_major)
             tile_of_rows<Tile, 1, kPanelRows>(live, c_tile, rows_of_a + t * tile_units, b_block, to - from, from > 0);
           else
-            tile_of_rows<Tile, kDepthStride, 1>(live, c_tile, rows_of_a + t * tile_units, b_block, to - from, from > 0);
+            tile_of_rows<Tile, kCopyStride, 1>(live, c_tile, rows_of_a + t * tile_units, b_block, to - from, from > 0);
           if (finished) epilogue.run(epilogue.context, c_tile, row0 + t * kTileRows, col, live, cols);
         }
         if (to == depth && transposed) run_transposed<Tile>(epilogue, c_panel, row0, col, rows, cols);
@@ -212,7 +208,8 @@ void product(int64_t M, int64_t N, int64_t K, Operand<TA> a, Operand<TB> b,
 }
 
 // Packing B takes a pass of its own, a dear one where it is transposed, and with few rows nothing makes up for it. Of
-// C^T = B^T A^T it is A^T that is packed: forwards of 64 rows gain 2 to 12 %, those of 512 lose 1 to 4 %.
+// C^T = B^T A^T it is A^T that is packed: forwards of 64 rows gain 2 to 12 % (384 -> 384 loses 2),
+// those of 512 lose up to 4 %.
 inline bool transposes(int64_t M, int64_t N, bool a_depth_major, bool b_depth_major) {
   return !a_depth_major && !b_depth_major && 6 * M <= N;
 }

@@ -3,7 +3,7 @@
 // A tile keeps kRows x kVecs accumulators in registers; each step of the depth loads kVecs registers of B and broadcasts kRows units of A.
 // Floor: one fused multiply-add per accumulator and step; with 14 x 2 accumulators the loads (16 per 28 FMAs) stay below it on every core with two load ports.
 // A unit is what one step of depth consumes of a row of A: one float, one double, or a pair of bf16 for VDPBF16PS.
-// Accumulators start at zero and are added to C at the end, so that sums over a long depth are made of short ones (gemm.h's kDepth).
+// Accumulators start at zero and are added to C at the end, so that sums over a long depth are made of short ones (kDepth).
 //
 // B: panel [depth][kCols] units. A: unit (i, p) at a[i * kRowStride + p * kDepthStride], both compile-time constants, so that one pointer serves all rows.
 // C: [rows][kOutStride], dense unless given another stride.
@@ -18,6 +18,10 @@ constexpr int kTileRows = 14, kTileVecs = 2;  // 28 accumulators + 2 for B + 1 b
 #else
 constexpr int kTileRows = 6, kTileVecs = 2;  // 12 + 2 + 1 = 15 of 16
 #endif
+
+constexpr int kDepth = 128;  // units per block: a panel's block of B is 16 KB (AVX-512), its tile of A 7 KB: both in L1
+// Row stride of a copied block of A: 9 cache lines, so that 14 rows fall into 14 different sets.
+constexpr int kCopyStride = kDepth + 16;
 
 struct TileF32 {
   using Unit = float;

@@ -102,7 +102,7 @@ using HalfBits = typename VecOf<uint16_t, kVectorBytes / 2>::type;  // as many u
 
 inline HalfBits to_bf16(Vec<float> x) {
 #if defined(FASTFT_ISA_AVX512_BF16)
-  // The instruction rounds likewise, in an eighth of the time, but takes denormals for zeros.
+  // The instruction rounds likewise, in fewer operations, but takes denormals for zeros.
   if (__builtin_expect(_mm512_fpclass_ps_mask((__m512)x, 0x20) == 0, 1)) return (HalfBits)_mm512_cvtneps_pbh((__m512)x);
 #endif
   return __builtin_convertvector(round_bf16(x) >> 16, HalfBits);
@@ -339,11 +339,10 @@ inline T* scratch(const Host& host, int64_t elements) {
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Declarations of every kernel in this instruction set's namespace, and the line that instantiates one at the end of its file.
-#define FASTFT_X(name, Args)  \
-  template <class T, class W> \
+#define FASTFT_DECLARE(name, Args) \
+  template <class T, class W>      \
   void name(const Args<T, W>&, const Host&);
-FASTFT_KERNELS(FASTFT_X)
-#undef FASTFT_X
+FASTFT_KERNELS(FASTFT_DECLARE)
 double peak_f32(double seconds, const Host&);
 double peak_bf16(double seconds, const Host&);
 double tile_f32(double seconds, const Host&);

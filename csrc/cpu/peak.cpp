@@ -58,8 +58,8 @@ double step_rate(double seconds, int pair, const Host& host, const Step& step) {
 template <class Tile>
 double tile_rate(double seconds, const Host& host) {
   using Unit = typename Tile::Unit;
-  constexpr int kDepth = 128, kStride = kDepth + 16, N = kTileCols<Tile>;
-  constexpr int64_t a_size = kTileRows * kStride, b_size = kDepth * N, c_size = kTileRows * N;
+  constexpr int N = kTileCols<Tile>;
+  constexpr int64_t a_size = kTileRows * kCopyStride, b_size = kDepth * N, c_size = kTileRows * N;
   float* const c = scratch<float>(host, host.threads * c_size);
   Unit* const a = scratch<Unit>(host, host.threads * (a_size + b_size));
   std::memset(a, 0x3f, size_t(host.threads * (a_size + b_size)) * sizeof *a);  // 0.75 in both dtypes
@@ -68,7 +68,7 @@ double tile_rate(double seconds, const Host& host) {
   return rate(seconds, 2.0 * Tile::kPair * kDepth * kTileRows * N * kCalls, host, [&](int64_t worker) {
     const Unit* const own = a + worker * (a_size + b_size);
     for (int i = 0; i < kCalls; ++i)
-      tile<Tile, kTileRows, kStride, 1>(c + worker * c_size, own, own + a_size, kDepth, true);
+      tile<Tile, kTileRows, kCopyStride, 1>(c + worker * c_size, own, own + a_size, kDepth, true);
   });
 }
 

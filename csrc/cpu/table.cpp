@@ -3,11 +3,7 @@
 
 #if defined(FASTFT_ISA_AVX512_BF16)
 namespace fastft::cpu::avx512 {  // fp32 and fp64 have no use for the instruction: compiled once for both sets
-#define FASTFT_X(name, Args)  \
-  template <class T, class W> \
-  void name(const Args<T, W>&, const Host&);
-FASTFT_KERNELS(FASTFT_X)
-#undef FASTFT_X
+FASTFT_KERNELS(FASTFT_DECLARE)
 }  // namespace fastft::cpu::avx512
 #endif
 
