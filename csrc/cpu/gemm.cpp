@@ -4,10 +4,14 @@
 namespace FASTFT_NAMESPACE {
 namespace {
 
+template <class Tile>
+constexpr int kPanelLines = (kTileCols<Tile> * int(sizeof(typename Tile::Unit)) + 63) / 64;  // of a step of depth
 constexpr int kPanelRows = (kTileRows + 7) / 8 * 8;    // row stride of a transposed block's panels
 constexpr int64_t kPackDepth = 128, kPackPanels = 16;  // a task of packing B reads runs of 16 panels' width
 constexpr int64_t kBlockTiles = 8, kBlockCols = 768;   // C of a task: at most 8 x 14 x 768 x 4 B = 344 KB of L2
 constexpr int kTasksPerThread = 8;                     // more are not needed for an even load
+constexpr int kRowsAhead = 4;                          // of stores: what is fetched sooner need not be in L1 any more
+constexpr int kCopyDepth = 8;                          // steps of a run of stores into a transposed block's panel
 
 // ---- one task's rows of A, units [from, to) of depth
 
@@ -23,21 +27,38 @@ template <class Tile, class T>
 void copy_panels(typename Tile::Unit* out, Operand<T> a, int64_t M, int64_t K, int64_t row, int64_t rows, int64_t from,
                  int64_t to) {
   constexpr int P = Tile::kPair;
-  for (int64_t p = from; p < to; ++p) {
-    const T* in = a.data + p * P * a.stride + row;
-    typename Tile::Unit* o = out + (p - from) * kPanelRows;
-    const bool has_next = P * p + 1 < K;
-    // Whole registers read past the tile, into the row's next elements, as long as there are some.
-    for (int64_t i = 0; i < rows; i += kTileRows, o += kDepth * kPanelRows)
-      if (row + i + kPanelRows <= M)
-        interleave_units<Tile, true>(o, in + i, a.stride, has_next, kPanelRows);
-      else
-        interleave_units<Tile, false>(o, in + i, a.stride, has_next, int(rows - i < kTileRows ? rows - i : kTileRows));
+  for (int64_t begin = from; begin < to; begin += kCopyDepth) {
+    const int64_t end = begin + kCopyDepth < to ? begin + kCopyDepth : to;
+    for (int64_t i = 0; i < rows; i += kTileRows) {
+      typename Tile::Unit* o = out + i / kTileRows * (kDepth * kPanelRows) + (begin - from) * kPanelRows;
+      // Whole registers read past the tile, into the row's next elements, as long as there are some.
+      const bool whole = row + i + kPanelRows <= M;
+      const int live = int(rows - i < kTileRows ? rows - i : kTileRows);
+      for (int64_t p = begin; p < end; ++p, o += kPanelRows) {
+        const T* in = a.data + p * P * a.stride + row + i;
+        const bool has_next = P * p + 1 < K;
+        if (whole)
+          interleave_units<Tile, true>(o, in, a.stride, has_next, kPanelRows);
+        else
+          interleave_units<Tile, false>(o, in, a.stride, has_next, live);
+      }
+    }
   }
 }
 
-// Asks for part `slice` of `slices` of a task's rows of A, units [from, to) of depth: copied when the depth before it is
-// done, they would otherwise wait for memory (and for page tables, where A is transposed): 1 to 4 % of the product.
+// Whether whole tiles can take their rows of A from where they lie: units as they are, and so far apart that they leave half of L1, 4096 bytes to a way,
+// to the panel of B. Copying them costs 1 to 3 % of the product.
+template <class Tile, class T>
+bool readable_in_place(Operand<T> a, int64_t K) {
+  if (a.depth_major || sizeof(T) * Tile::kPair != sizeof(typename Tile::Unit) || (K | a.stride) % Tile::kPair)
+    return false;
+  const int64_t bytes = a.stride * int64_t(sizeof(T)),
+                aliasing = bytes & -bytes;  // 4096 / aliasing rows differ in their sets
+  return 2 * aliasing * kTileRows <= 7 * 4096;
+}
+
+// Asks for part `slice` of `slices` of a task's rows of A, units [from, to) of depth, as far as there are any: needed when
+// the depth before it is done, they would otherwise wait for memory (and for page tables, where A is transposed): 1 to 4 % of the product.
 template <class Tile, class T>
 void prefetch_rows(Operand<T> a, int64_t K, int64_t row, int64_t rows, int64_t from, int64_t to, int64_t slice,
                    int64_t slices) {
@@ -52,12 +73,16 @@ void prefetch_rows(Operand<T> a, int64_t K, int64_t row, int64_t rows, int64_t f
   }
 }
 
-inline void prefetch_for_write(Target target, int64_t row, int64_t col, int rows, int cols) {
-  if (!target.data) return;
-  for (int i = 0; i < rows; ++i) {
-    const char* const line =
-        static_cast<const char*>(target.data) + (row + i) * target.row_bytes + col * target.element_bytes;
-    for (int64_t byte = 0; byte < int64_t(cols) * target.element_bytes; byte += 64) __builtin_prefetch(line + byte, 1);
+template <class Acc>
+void prefetch_for_write(const Epilogue<Acc>& epilogue, int64_t row, int64_t col, int rows, int cols) {
+  for (const Target& target : epilogue.writes) {
+    if (!target.data) continue;
+    for (int i = 0; i < rows; ++i) {
+      const char* const line =
+          static_cast<const char*>(target.data) + (row + i) * target.row_bytes + col * target.element_bytes;
+      for (int64_t byte = 0; byte < int64_t(cols) * target.element_bytes; byte += 64)
+        __builtin_prefetch(line + byte, 1);
+    }
   }
 }
 
@@ -135,6 +160,17 @@ void run_transposed(const Epilogue<typename Tile::Acc>& epilogue, const typename
   }
 }
 
+struct Block {  // a task's part of C
+  int64_t row, rows, panel, panels;
+};
+
+inline Block block_of(const Partition& part, int64_t task, int64_t M) {
+  const int64_t row_block = task / part.col_blocks, col_block = task % part.col_blocks;
+  const int64_t row = part.first_tile(row_block) * kTileRows, end = part.first_tile(row_block + 1) * kTileRows;
+  const int64_t panel = part.first_panel(col_block);
+  return {row, (end < M ? end : M) - row, panel, part.first_panel(col_block + 1) - panel};
+}
+
 // C = A B, or with `transposed` C^T, of which the epilogue is.
 template <class T, class TA, class TB>
 void product(int64_t M, int64_t N, int64_t K, Operand<TA> a, Operand<TB> b,
@@ -145,6 +181,9 @@ void product(int64_t M, int64_t N, int64_t K, Operand<TA> a, Operand<TB> b,
   constexpr int kCols = kTileCols<Tile>;
   const Partition part = partition(M, N, kTileRows, kCols, host.threads);
   const int64_t depth = ceil_div(K, Tile::kPair);
+  const int64_t row_bytes = a.stride * int64_t(sizeof(TA));
+  const char* const a_bytes = reinterpret_cast<const char*>(a.data);
+  const bool in_place = readable_in_place<Tile>(a, K);
   const int64_t tile_units = a.depth_major ? kDepth * kPanelRows : int64_t(kCopyStride) * kTileRows;
 
   Unit* const packed = scratch<Unit>(host, part.panels * depth * kCols);
@@ -167,38 +206,55 @@ void product(int64_t M, int64_t N, int64_t K, Operand<TA> a, Operand<TB> b,
   parallel_for(host, part.tasks(), [&](int64_t task, int worker) {
     Acc* const c = c_all + worker * c_size;
     Unit* const rows_of_a = a_all + worker * a_size;
-    const int64_t row_block = task / part.col_blocks, col_block = task % part.col_blocks;
-    const int64_t tile0 = part.first_tile(row_block), tiles = part.first_tile(row_block + 1) - tile0;
-    const int64_t panel0 = part.first_panel(col_block), panels = part.first_panel(col_block + 1) - panel0;
-    const int64_t row0 = tile0 * kTileRows, rows = M - row0 < tiles * kTileRows ? M - row0 : tiles * kTileRows;
+    const auto [row0, rows, panel0, panels] = block_of(part, task, M);
+    const int64_t tiles = ceil_div(rows, kTileRows);
+    // Probably this thread's next.
+    const Block next_block = block_of(part, task + host.threads < part.tasks() ? task + host.threads : task, M);
     int64_t from = 0;
     do {
       const int64_t to = from + kDepth < depth ? from + kDepth : depth;
-      if (a.depth_major)
+      if (a.depth_major) {
         copy_panels<Tile>(rows_of_a, a, M, K, row0, rows, from, to);
-      else
-        copy_rows<Tile>(rows_of_a, a, K, row0, rows, from, to);
+      } else {
+        const int64_t left = in_place ? rows / kTileRows : 0;
+        copy_rows<Tile>(rows_of_a + left * tile_units, a, K, row0 + left * kTileRows, rows - left * kTileRows, from,
+                        to);
+      }
       for (int64_t panel = 0; panel < panels; ++panel) {
         const Unit* const b_block = packed + (panel0 + panel) * panel_size + from * kCols;
         const int64_t col = (panel0 + panel) * kCols;
         const int cols = int(N - col < kCols ? N - col : kCols);
-        if (to < depth) {
-          const int64_t next = to + kDepth < depth ? to + kDepth : depth;
-          prefetch_rows<Tile>(a, K, row0, rows, to, next, panel, panels);
-        }
+        if (to < depth)
+          prefetch_rows<Tile>(a, K, row0, rows, to, to + kDepth, panel, panels);
+        else
+          prefetch_rows<Tile>(a, K, next_block.row, next_block.rows, 0, kDepth, panel, panels);
         const bool finished = to == depth && !transposed;
         Acc* const c_panel = c + panel * tiles * (kTileRows * kCols);
+        // The block of B that comes next, of which each step of a tile fetches a line.
+        const char* const next_b = reinterpret_cast<const char*>(
+            panel + 1 < panels ? b_block + panel_size
+                               : packed + panel0 * panel_size + (to < depth ? to : from) * kCols);
         for (int64_t t = 0; t < tiles; ++t) {
+          const int64_t row = row0 + t * kTileRows;
           Acc* const c_tile = c_panel + t * (kTileRows * kCols);
           const int live = int(rows - t * kTileRows < kTileRows ? rows - t * kTileRows : kTileRows);
-          if (finished)
-            for (const Target& target : epilogue.writes)
-              prefetch_for_write(target, row0 + t * kTileRows, col, live, cols);
+          const char* const fetch = next_b + t % kPanelLines<Tile> * (kDepth * 64);
+          const Unit* const copied = rows_of_a + t * tile_units;
+          if (finished) prefetch_for_write(epilogue, row, col, live, cols);
           if (a.depth_major)
-            tile_of_rows<Tile, 1, kPanelRows>(live, c_tile, rows_of_a + t * tile_units, b_block, to - from, from > 0);
+            tile_of_rows<Tile, 1, kPanelRows>(live, c_tile, copied, b_block, to - from, from > 0, fetch);
+          else if (in_place && live == kTileRows)
+            tile<Tile, kTileRows>(
+                c_tile, RowsInPlace<Unit>{a_bytes + row * row_bytes + from * int64_t(sizeof(Unit)), row_bytes}, b_block,
+                to - from, from > 0, fetch);
           else
-            tile_of_rows<Tile, kCopyStride, 1>(live, c_tile, rows_of_a + t * tile_units, b_block, to - from, from > 0);
-          if (finished) epilogue.run(epilogue.context, c_tile, row0 + t * kTileRows, col, live, cols);
+            tile_of_rows<Tile, kCopyStride, 1>(live, c_tile, copied, b_block, to - from, from > 0, fetch);
+          if (!finished) continue;
+          for (int i = 0; i < live; i += kRowsAhead) {
+            const int some = live - i < kRowsAhead ? live - i : kRowsAhead, next = live - i - some;
+            prefetch_for_write(epilogue, row + i + some, col, next < kRowsAhead ? next : kRowsAhead, cols);
+            epilogue.run(epilogue.context, c_tile + i * kCols, row + i, col, some, cols);
+          }
         }
         if (to == depth && transposed) run_transposed<Tile>(epilogue, c_panel, row0, col, rows, cols);
       }
