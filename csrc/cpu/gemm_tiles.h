@@ -64,7 +64,11 @@ template <class Unit>
 struct RowsInPlace {
   const char* a;
   int64_t stride;  // bytes
-  Unit unit(int i) const { return *reinterpret_cast<const Unit*>(a + i * stride); }
+  Unit unit(int i) const {
+    Unit unit;
+    std::memcpy(&unit, a + i * stride, sizeof unit);
+    return unit;
+  }
   void step() {
     a += sizeof(Unit);
     asm("" : "+r"(a));  // else the compiler keeps a pointer to each row, more than there are registers
