@@ -81,6 +81,13 @@ def step(model, inputs):
     return {name: result.detach() for name, result in (results | grads).items()}
 
 
+def distance(left, right):
+    """Root mean square of the differences of two state_dicts."""
+    assert left.keys() == right.keys()
+    squares = [(left[name].double() - right[name].double()).square().flatten() for name in left]
+    return float(torch.cat(squares).mean().sqrt())
+
+
 def assert_same(left, right):
     assert left.keys() == right.keys()
     for name in left:
