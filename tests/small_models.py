@@ -55,7 +55,7 @@ def build(architecture=BertForSequenceClassification, seed=0, **changes):
 
 def batch(seed=0, rows=6, length=11):
     generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(2, length + 1, (rows, 1), generator=generator)
+    lengths = torch.randint(min(2, length), length + 1, (rows, 1), generator=generator)
     return {
         "input_ids": torch.randint(1, CONFIG["vocab_size"], (rows, length), generator=generator),
         "attention_mask": (torch.arange(length) < lengths).long(),

@@ -90,7 +90,14 @@ def _optimizer(model, optimizer):
     optimizer.step()
 
 
-@pytest.mark.parametrize("change", [_numpy_view, _data, _new_storage, _copy, _load_state_dict, _optimizer])
+def _our_optimizer(model, _):
+    fastft.optim.AdamW(model.parameters(), lr=0.1).step()
+
+
+CHANGES = [_numpy_view, _data, _new_storage, _copy, _load_state_dict, _optimizer, _our_optimizer]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("dtype", ["auto", torch.bfloat16])
 def test_a_weight_changed_between_two_steps_is_seen(change, dtype):
     model, inputs = fastft.optimize(build(), dtype=dtype), batch()
