@@ -8,6 +8,8 @@ import torch
 from tiny import make_checkpoint, make_reviews
 
 from benchmarks import accuracy, cells, datasets, finetune, inference, memory, parts, report, step
+from fastft.functional._choice import use_backend
+from fastft.functional.embedding import embeddings
 from fastft.testing.timing import Peaks
 
 TINY = ["--model", "tiny", "--cell", "4x32", "--rounds", "1"]
@@ -71,6 +73,13 @@ def test_ops_count_what_they_read_and_write():
     assert ops.costs[parts.ELEMENTWISE].bytes == 320
     assert ops.costs[parts.PACKING].bytes == 160 + 320
     assert ops.costs[parts.OPTIMIZER].bytes >= 320
+
+
+def test_of_a_table_the_rows_that_are_taken_count():
+    ops, ids, table, of_row = parts.Ops(), torch.arange(4), torch.ones(1000, 8), torch.ones(8)
+    with use_backend("fastft"), ops:
+        embeddings(ids, ids, None, table, table[:9], None, of_row, of_row, 0.0)
+    assert 3 * 128 + 2 * 32 + 2 * 32 <= ops.costs[parts.ELEMENTWISE].bytes < 1000
 
 
 @pytest.mark.parametrize("provider", ["stock", "lowest"])
