@@ -62,7 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows, model = [], datasets.minilm()
     for name in options.job or JOBS:
         job = JOBS[name]
-        data = _read(job, model, options.texts or job.texts, options.seed)
+        texts = options.texts or job.texts
+        data = read(job, model, texts, min(HELD_OUT, texts // 4), options.seed)
         for dtype, provider in itertools.product(options.dtype or cells.DTYPES[:1], options.only or PROVIDERS):
             row = {"job": name, "texts": len(data.train), "dtype": dtype, "provider": provider}
             row |= {"batch_size": options.batch_size, "max_length": job.max_length}
@@ -87,21 +88,22 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _read(job: Job, model, texts: int, seed: int) -> Data:
+def read(job: Job, model, texts: int, held_out: int, seed: int) -> Data:
+    """``texts`` of a job to train on and ``held_out`` others, or as many as there are, each label in its share."""
     from sklearn.model_selection import train_test_split
     from transformers import AutoTokenizer
 
     given, names = job.read()
     labels = sorted(set(names))
     targets = [labels.index(name) for name in names]
-    rest = min(HELD_OUT, texts // 4, len(given) - texts)
+    rest = min(held_out, len(given) - texts)
     parts = train_test_split(range(len(given)), train_size=texts, test_size=rest, stratify=targets, random_state=seed)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    train, held_out = (
+    train, other = (
         tokens.encode(tokenizer, [given[row] for row in part], [targets[row] for row in part], job.max_length)
         for part in parts
     )
-    return Data(train, held_out, labels)
+    return Data(train, other, labels)
 
 
 def _run(data: Data, model, provider: str, dtype: str, options: argparse.Namespace) -> dict:

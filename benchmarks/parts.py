@@ -31,6 +31,8 @@ _BY_NAME = {
     PACKING: ("cat", "clone", "copy_", "_to_copy"),
 }
 _PART = {name: part for part, names in _BY_NAME.items() for name in names}
+# Ops that take rows of tables, and which of their arguments is as large as what they take of each at most.
+_TAKEN = {"embedding_forward": 0, "embedding_backward": 4}
 # Per parameter: itself and two moments read and written, the gradient read twice, for its norm too.
 OPTIMIZER_BYTES = 32
 FEW = 64  # rows
@@ -85,6 +87,9 @@ def moved(func, inputs, output) -> float:
     name = _name(func)
     if name.startswith(("empty", "new_empty")) or (alias is not None and not alias.is_write):
         return 0.0
+    if name in _TAKEN:
+        most = _bytes(inputs[0][_TAKEN[name]])
+        return sum(min(_bytes(leaf), most) for leaf in tree_leaves(inputs))
     written = _bytes(output)
     return 2 * written if name == "embedding" else written + _bytes(inputs)
 

@@ -7,6 +7,7 @@ the README's part from FOLDER.
 
 import argparse
 import json
+import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,9 @@ from fastft.testing.timing import conditions, machine_name
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+
+STOCK, FASTFT, CONTROL = "stock", "fastft", "fastft, dropout 0.3"  # what benchmarks.accuracy runs
+ERRORS = 3  # standard errors by which means of paired differences may be off
 
 Row = Mapping[str, Any]
 Results = dict[str, Any]
@@ -43,20 +47,44 @@ def publish(
     add_by: a saved row that differs from all of these rows in one of these fields is kept, so that a long benchmark can
         be measured in pieces.
     """
-    results = {"benchmark": benchmark, "conditions": conditions(), "peaks": dict(peaks), "rows": list(rows)}
+    results = _results(benchmark, rows, peaks)
     print(render(results))
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")
     if options.save:
-        facts = results["conditions"]
-        folder = RESULTS / f"{machine_name(facts)}-{facts['date']}"
-        folder.mkdir(parents=True, exist_ok=True)
-        file = folder / f"{benchmark}.json"
-        if add_by and file.is_file():
-            results = _together(json.loads(file.read_text()), results, add_by)
-        file.write_text(json.dumps(results, indent=1) + "\n")
-        write(folder, benchmark)
-        print(f"saved to {folder.relative_to(ROOT)}", file=sys.stderr)
+        print(f"saved to {_save(results, add_by).relative_to(ROOT)}", file=sys.stderr)
+
+
+def keep(benchmark: str, rows: Sequence[Row], options: argparse.Namespace, add_by: Sequence[str]) -> None:
+    """Saves, where that was asked for, what there is so far of a benchmark that takes long; nothing is printed."""
+    if options.save:
+        _save(_results(benchmark, rows, {}), add_by)
+
+
+def _results(benchmark: str, rows: Sequence[Row], peaks: Mapping[str, Row]) -> Results:
+    return {"benchmark": benchmark, "conditions": conditions(), "peaks": dict(peaks), "rows": list(rows)}
+
+
+def _save(results: Results, add_by: Sequence[str]) -> Path:
+    """The folder that the results, their table and their plot were written to."""
+    folder, benchmark = _folder(results["conditions"]), results["benchmark"]
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{benchmark}.json"
+    if add_by and file.is_file():
+        results = _together(json.loads(file.read_text()), results, add_by)
+    file.write_text(json.dumps(results, indent=1) + "\n")
+    write(folder, benchmark)
+    return folder
+
+
+def _folder(facts: Mapping[str, Any]) -> Path:
+    return RESULTS / f"{machine_name(facts)}-{facts['date']}"
+
+
+def saved(benchmark: str) -> list[Row]:
+    """The rows that were saved on this machine today."""
+    file = _folder(conditions()) / f"{benchmark}.json"
+    return json.loads(file.read_text())["rows"] if file.is_file() else []
 
 
 def _together(earlier: Results, now: Results, add_by: Sequence[str]) -> Results:
@@ -235,6 +263,57 @@ def _finetune_key(row: Row) -> tuple:
     return tuple(row[name] for name in ("job", "texts", "dtype", "provider", "batch_size"))
 
 
+def _accuracy_rows(rows: Sequence[Row]) -> list[dict[str, str]]:
+    """Means over seeds, and how far from stock's they are, with the standard error of the paired differences."""
+    shown = []
+    for of in _accuracy_settings(rows):
+        for provider in dict.fromkeys(row["provider"] for row in of):
+            runs = [row for row in of if row["provider"] == provider]
+            line = {"steps x batch": f"{runs[0]['steps']} x {runs[0]['batch_size']}"}
+            line |= {"runs": provider, "seeds": str(len(runs))}
+            for name in ("loss", "accuracy"):
+                mean, error = paired(of, provider, name)
+                line[name] = f"{statistics.mean(row[name] for row in runs):.4f}"
+                line[f"{name} - stock's"] = "-" if error is None else f"{mean:+.4f} ± {error:.4f}"
+                agrees = "-" if error is None else "yes" if _agrees(mean, error) else "no"
+                line[f"{name} as stock's"] = agrees
+            shown.append(line)
+    return shown
+
+
+def _accuracy_settings(rows: Sequence[Row]) -> list[list[Row]]:
+    """Runs that differ in seed and provider only belong together."""
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        key = tuple(row[name] for name in ("steps", "batch_size", "texts", "held_out", "learning_rate"))
+        groups.setdefault(key, []).append(row)
+    return list(groups.values())
+
+
+def paired(rows: Sequence[Row], provider: str, name: str) -> tuple[float, float | None]:
+    """The mean over seeds of what a provider's runs have more than stock's, and its standard error, None where there
+    are fewer than two pairs."""
+    found = {(row["provider"], row["seed"]): row[name] for row in rows}
+    seeds = [seed for of, seed in found if of == provider and (STOCK, seed) in found]
+    if provider == STOCK or len(seeds) < 2:
+        return 0.0, None
+    differences = [found[provider, seed] - found[STOCK, seed] for seed in seeds]
+    return statistics.mean(differences), statistics.stdev(differences) / len(seeds) ** 0.5
+
+
+def _agrees(mean: float, error: float) -> bool:
+    return abs(mean) <= ERRORS * error
+
+
+def trains_as_stock(rows: Sequence[Row]) -> bool | None:
+    """Whether fastft's losses and accuracies agree with stock's and the control's do not; None: too few runs to say."""
+    wanted = [(provider, name) for provider in (FASTFT, CONTROL) for name in ("loss", "accuracy")]
+    found = {key: paired(rows, *key) for key in wanted}
+    if any(error is None for _, error in found.values()):
+        return None
+    return all(_agrees(*found[key]) == (key[0] == FASTFT) for key in wanted)
+
+
 def _scaling_cells(row: Row) -> dict[str, str]:
     names = ("model", "tokens", "layer", "pass", "dtype")
     counts = row["threads"].items()
@@ -256,6 +335,7 @@ TABLES = {
     "memory": _each(_memory_cells),
     "inference": _each(_inference_cells),
     "finetune": _finetune_rows,
+    "accuracy": _accuracy_rows,
 }
 
 
@@ -396,6 +476,18 @@ def _finetune_plot(axes, rows: Sequence[Row]) -> None:
     axes.set_xlabel("seconds of training")
 
 
+def _accuracy_plot(axes, rows: Sequence[Row]) -> None:
+    """A dot per figure: the mean difference to stock's, and what it may be."""
+    for provider in (FASTFT, CONTROL):
+        for name in ("loss", "accuracy"):
+            mean, error = paired(_accuracy_settings(rows)[-1], provider, name)
+            if error is not None:
+                axes.errorbar([mean], [f"{provider}: {name}"], xerr=[ERRORS * error], fmt="o", capsize=4)
+    axes.axvline(0, color="black", linewidth=1)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"mean paired difference to stock's, ± {ERRORS} standard errors")
+
+
 def _cell_label(row: Row) -> str:
     return ", ".join(list(_cell_of(row).values()))
 
@@ -406,6 +498,7 @@ PLOTS = {
     "parts": _parts_plot,
     "memory": _memory_plot,
     "finetune": _finetune_plot,
+    "accuracy": _accuracy_plot,
 }
 LABELS = {
     "ops": lambda row: f"{row['op']} {row['sample']}, {row['path']}, {row['dtype']}, {row['kernel']}",

@@ -155,6 +155,60 @@ struct LayerNormBackward {
   int64_t threshold, use;
 };
 
+// y = dropout(LayerNorm(h) w + b) over rows of h = word[ids] + type[type_ids] + position[position_ids]; a null seed is no dropout. On CUDA an id out of
+// range fails a device-side assertion; the CPU's host has looked before.
+template <class T, class W>
+struct EmbeddingForward {
+  T* y;                         // (M, H)
+  Statistic<W>* mean;           // (M) or null
+  Statistic<W>* rstd;           // (M) or null
+  const int64_t* ids;           // (M)
+  const int64_t* position_ids;  // (M)
+  const int64_t* type_ids;      // (M) or null: there are no types
+  const W* word;                // (V, H)
+  const W* position;            // (P, H)
+  const W* type;                // (C, H) or null
+  const W* w;                   // (H)
+  const W* b;                   // (H)
+  int64_t M, H, V, P, C;
+  double eps;
+  const int64_t* seed;  // (1) or null
+  int64_t threshold, use;
+};
+
+// Gradients of h, w and b; each may be null.
+template <class T, class W>
+struct EmbeddingBackward {
+  T* dh;                  // (M, H) or null
+  W* dw;                  // (H) or null
+  W* db;                  // (H) or null
+  Statistic<W>* partial;  // (ceil(M / kSumRows), 2, H) workspace; CUDA only
+  const T* dy;            // (M, H)
+  const Statistic<W>* mean;
+  const Statistic<W>* rstd;
+  const int64_t* ids;
+  const int64_t* position_ids;
+  const int64_t* type_ids;
+  const W* word;
+  const W* position;
+  const W* type;
+  const W* w;
+  int64_t M, H, V, P, C;
+  const int64_t* seed;
+  int64_t threshold, use;
+};
+
+// Gradient of a table (V, H) of which row ids[m] was taken as row m: each of its rows is the sum of its dh, in their order; row `padding` gets none.
+template <class T, class W>
+struct EmbeddingScatter {
+  W* dtable;             // (V, H); on CUDA it holds zeros
+  const int64_t* ids;    // (M); on CUDA sorted
+  const int64_t* order;  // (M) the row of dh that each of the sorted ids is of; CUDA only
+  const T* dh;           // (M, H)
+  int64_t M, H, V;
+  int64_t padding;  // or -1
+};
+
 // Scaled dot-product attention of N heads: o = dropout(softmax(scale q k^T + mask)) v for each sequence b < B and head.
 // Strides are in elements, the last dimension of q, k, v, o and their gradients is contiguous. Without cu_q the queries of
 // sequence b are the Sq rows from b q_batch on, with it rows cu_q[b] to cu_q[b + 1] of a packed (rows / N, N, D), at most
@@ -253,6 +307,9 @@ struct ScaleGrads {
   X(cross_entropy_backward, CrossEntropyBackward) \
   X(layer_norm_forward, LayerNormForward)         \
   X(layer_norm_backward, LayerNormBackward)       \
+  X(embedding_forward, EmbeddingForward)          \
+  X(embedding_backward, EmbeddingBackward)        \
+  X(embedding_scatter, EmbeddingScatter)          \
   X(attention_forward, AttentionForward)          \
   X(attention_backward, AttentionBackward)        \
   X(adamw, AdamW)                                 \

@@ -55,7 +55,7 @@ def build(architecture=BertForSequenceClassification, seed=0, **changes):
 
 def batch(seed=0, rows=6, length=11):
     generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(2, length + 1, (rows, 1), generator=generator)
+    lengths = torch.randint(min(2, length), length + 1, (rows, 1), generator=generator)
     return {
         "input_ids": torch.randint(1, CONFIG["vocab_size"], (rows, length), generator=generator),
         "attention_mask": (torch.arange(length) < lengths).long(),
@@ -79,6 +79,13 @@ def step(model, inputs):
     loss.backward()
     grads = {f"grad {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
     return {name: result.detach() for name, result in (results | grads).items()}
+
+
+def distance(left, right):
+    """Root mean square of the differences of two state_dicts."""
+    assert left.keys() == right.keys()
+    squares = [(left[name].double() - right[name].double()).square().flatten() for name in left]
+    return float(torch.cat(squares).mean().sqrt())
 
 
 def assert_same(left, right):

@@ -7,7 +7,9 @@ import pytest
 import torch
 from tiny import make_checkpoint, make_reviews
 
-from benchmarks import cells, datasets, finetune, inference, memory, parts, report, step
+from benchmarks import accuracy, cells, datasets, finetune, inference, memory, parts, report, step
+from fastft.functional._choice import use_backend
+from fastft.functional.embedding import embeddings
 from fastft.testing.timing import Peaks
 
 TINY = ["--model", "tiny", "--cell", "4x32", "--rounds", "1"]
@@ -73,6 +75,13 @@ def test_ops_count_what_they_read_and_write():
     assert ops.costs[parts.OPTIMIZER].bytes >= 320
 
 
+def test_of_a_table_the_rows_that_are_taken_count():
+    ops, ids, table, of_row = parts.Ops(), torch.arange(4), torch.ones(1000, 8), torch.ones(8)
+    with use_backend("fastft"), ops:
+        embeddings(ids, ids, None, table, table[:9], None, of_row, of_row, 0.0)
+    assert 3 * 128 + 2 * 32 + 2 * 32 <= ops.costs[parts.ELEMENTWISE].bytes < 1000
+
+
 @pytest.mark.parametrize("provider", ["stock", "lowest"])
 def test_memory_grows_by_the_activations_of_a_process_of_its_own(provider):
     """64 x 128 rows of 96 elements in one layer; stock keeps 24 of them for each."""
@@ -106,6 +115,34 @@ def test_whole_jobs_are_compared_with_both_of_the_trainers_samplings(run, tmp_pa
     padding = {row["provider"]: row["padding"] for row in rows}
     assert padding["fastft"] == padding["Trainer"] > padding["fastft, by length"] == padding["Trainer, by length"]
     assert "| x Trainer, by length |" in text and "| 1.00 " in text
+
+
+def test_accuracy_makes_what_is_missing_and_nothing_twice(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(datasets, "minilm", lambda: make_checkpoint(tmp_path / "model"))
+    monkeypatch.setattr(datasets, "movie_reviews", lambda: make_reviews(100, seed=0))
+    options = ["--texts", "64", "--held-out", "30", "--batch-size", "8", "--steps", "3", "--seed", "7"]
+    first, _ = run(accuracy, *options)
+    assert [(row["seed"], row["provider"]) for row in first] == [(7, provider) for provider in accuracy.PROVIDERS]
+    assert all(row["loss"] > 0 and 0 <= row["accuracy"] <= 1 for row in first)
+    monkeypatch.setattr(report, "saved", lambda _: first[:2])
+    again, text = run(accuracy, *options, "--add")
+    assert again == first and "| fastft, dropout 0.3 | 1 " in text
+
+
+def test_paired_differences_of_fastft_agree_with_stock_s_and_the_control_s_do_not():
+    def rows(**of_fastft):
+        losses = {"stock": [0.5, 0.6, 0.4], "fastft": [0.51, 0.59, 0.4], "fastft, dropout 0.3": [0.7, 0.81, 0.6]}
+        return [
+            {"provider": provider, "seed": seed, "loss": loss, "accuracy": 1 - loss}
+            for provider, of in (losses | of_fastft).items()
+            for seed, loss in enumerate(of)
+        ]
+
+    assert report.paired(rows(), "fastft", "loss") == pytest.approx((0, 0.01 / 3**0.5))
+    assert report.trains_as_stock(rows()) is True
+    assert report.trains_as_stock(rows(fastft=[0.55, 0.66, 0.45])) is False
+    assert report.trains_as_stock(rows(**{"fastft, dropout 0.3": [0.5, 0.59, 0.41]})) is False
+    assert report.trains_as_stock(rows(fastft=[0.55])) is None
 
 
 def test_newsgroups_are_read_from_a_package(tmp_path, monkeypatch):

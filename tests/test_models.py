@@ -4,13 +4,15 @@ import copy
 import functools
 import inspect
 import io
+import os
 import pickle
 import subprocess
 import sys
+import unittest.mock
 
 import pytest
 import torch
-from small_models import ARCHITECTURES, CONFIG, assert_same, batch, build, classes, each_architecture, step
+from small_models import ARCHITECTURES, CONFIG, assert_same, batch, build, classes, distance, each_architecture, step
 from transformers import BertForSequenceClassification, Trainer, TrainingArguments
 
 import fastft
@@ -88,7 +90,14 @@ def _optimizer(model, optimizer):
     optimizer.step()
 
 
-@pytest.mark.parametrize("change", [_numpy_view, _data, _new_storage, _copy, _load_state_dict, _optimizer])
+def _our_optimizer(model, _):
+    fastft.optim.AdamW(model.parameters(), lr=0.1).step()
+
+
+CHANGES = [_numpy_view, _data, _new_storage, _copy, _load_state_dict, _optimizer, _our_optimizer]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("dtype", ["auto", torch.bfloat16])
 def test_a_weight_changed_between_two_steps_is_seen(change, dtype):
     model, inputs = fastft.optimize(build(), dtype=dtype), batch()
@@ -221,6 +230,22 @@ def test_trainer_sees_the_same_signature_and_the_same_losses(architecture, optio
         stock = _train(build(architecture), tmp_path, **options)
         assert _train(fastft.optimize(build(architecture)), tmp_path, **options) == stock
     assert len(_train(fastft.optimize(build(architecture)), tmp_path, **options)) == 3
+
+
+COMPILE = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+
+
+@pytest.mark.parametrize("options", [{"gradient_accumulation_steps": 2}, COMPILE], ids=["accumulation", "compiled"])
+def test_trainer_ends_as_near_to_float64_as_stock(options, tmp_path):
+    def trained(model, options=options):
+        with unittest.mock.patch.dict(os.environ):  # where Trainer leaves what it compiles with
+            _train(model, tmp_path, **options)
+        return model.state_dict()
+
+    small = functools.partial(build, num_hidden_layers=1)
+    exact = trained(small().double(), {} if options is COMPILE else options)
+    stock, ours = trained(small()), trained(fastft.optimize(small()))
+    assert distance(ours, exact) <= 2 * distance(stock, exact) < distance(small().state_dict(), exact) / 1e3
 
 
 @each_architecture

@@ -247,6 +247,90 @@ def test_layer_norm_is_numpys_at_any_size(kernels, suffix):
     budget.check()
 
 
+# ---- embedding: three tables, dropout, a padding row; every id of a short table more often than a partial sum has rows
+
+# (M, H, V, P, C)
+TABLES = [
+    (1, 1, 1, 1, 1),
+    (3, 7, 5, 4, 2),
+    (70, 33, 9, 5, 1),
+    (201, 300, 2100, 7, 2),
+    (5, 128, 70, 5, 3),
+    (0, 4, 3, 2, 1),
+]
+PADDING = 1
+
+
+def embedding_inputs(sizes, dtypes, seed=0):
+    (M, H, *counts), (T, W), random = sizes, dtypes, np.random.default_rng(seed)
+    ids = [random.integers(0, count, M) for count in counts]
+    shapes = {"word": (counts[0], H), "position": (counts[1], H), "type": (counts[2], H), "w": (H,), "b": (H,)}
+    parameters = {name: stored(random.standard_normal(shape), W) for name, shape in shapes.items()}
+    return {"ids": ids, **parameters, "dy": stored(random.standard_normal((M, H)), T)}
+
+
+def embedding(kernels, suffix, ids, word, position, type, w, b, dy):
+    (T, W), (M, H), tables = DTYPES[suffix], dy.shape, (word, position, type)
+    statistic, dropout = np.float64 if suffix == "f64" else np.float32, (np.array([SEED]), THRESHOLD, USE)
+    sizes = M, H, *map(len, tables)
+    y, mean, rstd = unwritten(M, H, dtype=T), *(unwritten(M, dtype=statistic) for _ in "mr")
+    forward = y, mean, rstd, *ids, *tables, w, b, *sizes, EPS, *dropout
+    y, mean, rstd, *_ = call(kernels, f"embedding_forward_{suffix}", *forward)
+    dh, dw, db = unwritten(M, H, dtype=T), *(unwritten(H, dtype=W) for _ in "wb")
+    backward = dh, dw, db, None, dy, mean, rstd, *ids, *tables, w, *sizes, *dropout
+    dh, dw, db, *_ = call(kernels, f"embedding_backward_{suffix}", *backward)
+    results = {"y": y, "dh": dh, "dw": dw, "db": db}
+    for name, table, of in zip(("dword", "dposition", "dtype"), tables, ids, strict=True):
+        scatter = unwritten(*table.shape, dtype=W), of, None, dh, M, H, len(table), PADDING if name == "dword" else -1
+        results[name] = call(kernels, f"embedding_scatter_{suffix}", *scatter)[0]
+    return results
+
+
+def numpy_embedding(suffix, ids, word, position, type, w, b, dy, dtype):
+    """In ``dtype``; what is summed is rounded as the kernel keeps it, unless that is float64."""
+    T, W = (dtype, dtype) if dtype == np.float64 else DTYPES[suffix]
+    tables = word, position, type
+    factors = philox.factors(SEED, USE, THRESHOLD, *dy.shape).astype(dtype)
+    h = sum(numbers(table, dtype)[of] for table, of in zip(tables, ids, strict=True))
+    w, b, dy = (numbers(array, dtype) for array in (w, b, dy))
+    dy = dy * factors
+    mean, rstd = h.mean(1, keepdims=True), 1 / np.sqrt(h.var(1, keepdims=True) + dtype(EPS))
+    n, g = (h - mean) * rstd, dy * w
+    dh = stored(rstd * (g - g.mean(1, keepdims=True) - n * (g * n).mean(1, keepdims=True)), T)
+    results = {"y": ((n * w + b) * factors, T), "dh": (numbers(dh, dtype), T)}
+    results |= {"dw": ((dy * n).sum(0), W), "db": (dy.sum(0), W)}
+    for name, table, of in zip(("dword", "dposition", "dtype"), tables, ids, strict=True):
+        sums = np.zeros(table.shape, dtype)
+        np.add.at(sums, of, numbers(dh, dtype))
+        if name == "dword":
+            sums[PADDING:][:1] = 0
+        results[name] = sums, W
+    return {name: stored(array, kind) for name, (array, kind) in results.items()}
+
+
+@pytest.mark.parametrize("suffix", DTYPES)
+def test_embedding_is_numpys_at_any_size(kernels, suffix):
+    budget = error.Budget(double=suffix == "f64")
+    for seed, sizes in enumerate(TABLES):
+        inputs = embedding_inputs(sizes, DTYPES[suffix], seed)
+        ours = embedding(kernels, suffix, **inputs)
+        theirs, truth = (numpy_embedding(suffix, **inputs, dtype=t) for t in (np.float32, np.float64))
+        budget.add(tensors(ours), tensors(theirs), tensors(truth), case=str(sizes))
+    budget.check()
+
+
+@pytest.mark.parametrize("suffix", DTYPES)
+def test_embedding_has_the_same_bits_on_any_number_of_threads(kernels, suffix):
+    inputs = embedding_inputs((301, 130, 2100, 70, 2), DTYPES[suffix])
+    results = []
+    for threads in (1, 2, 5):
+        kernels.set_threads(threads)
+        results.append(embedding(kernels, suffix, **inputs))
+    for other in results[1:]:
+        for name, array in results[0].items():
+            np.testing.assert_array_equal(array, other[name], name)
+
+
 # ---- cross_entropy: class indices, some of them ignored, or probabilities; weights, smoothing, a mean
 
 # (N, C, S): one row; classes in a partial register; several registers and blocks; rows across lanes; spatial; empty

@@ -7,23 +7,16 @@
 // A row stays in L1 between its passes. What is squared are differences to a mean that may be off by its rounding (`about`), and the
 // mean of these differences (`shift`) corrects both moments: E[h^2] - mean^2 would cancel where |mean| >> sigma.
 #include "column_sums.h"
-#include "dropout.h"
+#include "row_norm.h"
 
 namespace FASTFT_NAMESPACE {
-namespace {
 
 constexpr int64_t kRows = 8;  // of a task of the forward
-
-// Room for a row and a register more.
-inline int64_t padded(int64_t H) { return (dropout_groups(H) + 1) * kDropoutGroup; }
-
-}  // namespace
 
 template <class T, class W>
 void layer_norm_forward(const LayerNormForward<T, W>& p, const Host& host) {
   using Acc = Compute<W>;
-  constexpr int L = kLanes<Acc>;
-  const int64_t H = p.H, pitch = padded(H);
+  const int64_t H = p.H, pitch = padded_row(H);
   const Dropout dropout(p.seed, p.threshold, p.use);
   Acc* const buffers = scratch<Acc>(host, 2 * pitch * host.threads);
   parallel_for(host, ceil_div(p.M, kRows), [&](int64_t task, int worker) {
@@ -40,26 +33,15 @@ void layer_norm_forward(const LayerNormForward<T, W>& p, const Host& host) {
         FASTFT_NAMESPACE::store(v + j, value);
         total += value;
       });
-      const Acc about = sum_lanes<Acc>(total)[0] / Acc(H);
-      for (int64_t j = H; j < ceil_div(H, L) * L; ++j) v[j] = about;  // adds nothing below
-      Vec<Acc> rest = {}, squares = {};
-      for (int64_t j = 0; j < H; j += L) {
-        const Vec<Acc> d = load(v + j) - about;
-        FASTFT_NAMESPACE::store(v + j, d);
-        rest += d;
-        squares += d * d;
-      }
-      const Acc shift = sum_lanes<Acc>(rest)[0] / Acc(H),
-                variance = sum_lanes<Acc>(squares)[0] / Acc(H) - shift * shift;
-      const Acc rstd = Acc(1) / __builtin_sqrt(variance + Acc(p.eps));
+      const RowMoments<Acc> moments = center_row(v, total, H, p.eps);
       for_lanes<Acc>(H, [&](int64_t j, auto load, auto store) {
-        Vec<Acc> n = (FASTFT_NAMESPACE::load(v + j) - shift) * rstd;
+        Vec<Acc> n = (FASTFT_NAMESPACE::load(v + j) - moments.shift) * moments.rstd;
         if (p.w) n *= load(p.w + j);
         if (p.b) n += load(p.b + j);
         store(p.y + at + j, n);
       });
-      if (p.mean) p.mean[row] = about + shift;
-      if (p.rstd) p.rstd[row] = rstd;
+      if (p.mean) p.mean[row] = moments.mean;
+      if (p.rstd) p.rstd[row] = moments.rstd;
     }
   });
 }
@@ -67,7 +49,7 @@ void layer_norm_forward(const LayerNormForward<T, W>& p, const Host& host) {
 template <class T, class W>
 void layer_norm_backward(const LayerNormBackward<T, W>& p, const Host& host) {
   using Acc = Compute<W>;
-  const int64_t H = p.H, pitch = padded(H), chunks = ceil_div(p.M, kSumRows);
+  const int64_t H = p.H, pitch = padded_row(H), chunks = ceil_div(p.M, kSumRows);
   const Dropout dropout(p.dx ? p.seed : nullptr, p.threshold, p.use);
   Acc* const buffers = scratch<Acc>(host, 3 * pitch * host.threads);
   Acc* const sums = scratch<Acc>(host, chunks * 2 * H);
@@ -77,28 +59,15 @@ void layer_norm_backward(const LayerNormBackward<T, W>& p, const Host& host) {
     std::memset(dw, 0, size_t(2 * H) * sizeof(Acc));
     for (int64_t row = chunk * kSumRows; row < p.M && row < (chunk + 1) * kSumRows; ++row) {
       const int64_t at = row * H;
-      const Acc mean = p.mean[row], rstd = p.rstd[row];
-      Vec<Acc> g_total = {}, gn_total = {};
-      for_lanes<Acc>(H, [&](int64_t j, auto load, auto store) {
-        const Vec<Acc> dy = load(p.dy + at + j), nj = (load(p.h + at + j) - mean) * rstd;
-        const Vec<Acc> gj = p.w ? dy * load(p.w + j) : dy;
-        g_total += gj;  // lanes beyond the end have dy = 0
-        gn_total += gj * nj;
-        FASTFT_NAMESPACE::store(n + j, nj);
-        FASTFT_NAMESPACE::store(g + j, gj);
-        store(dw + j, load(dw + j) + dy * nj);
-        store(db + j, load(db + j) + dy);
-      });
-      if (!p.dx && !p.dresidual) continue;
-      const Acc g_mean = sum_lanes<Acc>(g_total)[0] / Acc(H), gn_mean = sum_lanes<Acc>(gn_total)[0] / Acc(H);
       if (dropout) dropout_factors(factors, dropout, row, H);
-      for_lanes<Acc>(H, [&](int64_t j, auto load, auto store) {
-        (void)load;
-        Vec<Acc> dh = (FASTFT_NAMESPACE::load(g + j) - g_mean - FASTFT_NAMESPACE::load(n + j) * gn_mean) * rstd;
-        if (p.dresidual) store(p.dresidual + at + j, dh);
-        if (dropout) dh *= FASTFT_NAMESPACE::load(factors + j);
-        if (p.dx) store(p.dx + at + j, dh);
-      });
+      row_norm_backward(
+          dw, db, n, g, p.mean[row], p.rstd[row], p.w, H, p.dx || p.dresidual,
+          [&](int64_t j, auto load) { return RowInputs<Acc>{load(p.dy + at + j), load(p.h + at + j)}; },
+          [&](int64_t j, Vec<Acc> dh, auto store) {
+            if (p.dresidual) store(p.dresidual + at + j, dh);
+            if (dropout) dh *= load(factors + j);
+            if (p.dx) store(p.dx + at + j, dh);
+          });
     }
   });
   if (p.dw) add_up(p.dw, sums, chunks, 2 * H, H, host);

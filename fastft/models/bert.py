@@ -2,10 +2,14 @@
 
 from transformers.models.bert import modeling_bert
 
-from fastft.models import bert_like, head
+from fastft.models import bert_like, embedding, head
 
 # What computes something besides calling what is inside, and is left to PyTorch.
 NOT_REPLACED = (modeling_bert.BertCrossAttention,)
+
+
+class BertEmbeddings(embedding.Embeddings, modeling_bert.BertEmbeddings):
+    pass
 
 
 class BertSelfAttention(bert_like.SelfAttention, modeling_bert.BertSelfAttention):

@@ -4,7 +4,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.distilbert import modeling_distilbert
 
 from fastft.functional._choice import runs
-from fastft.models import bert_like, encoder, head
+from fastft.models import bert_like, embedding, encoder, head
 from fastft.models.linear import fused, why_not_fused
 from fastft.models.swap import Swapped
 
@@ -16,6 +16,13 @@ ATTENTION = encoder.AttentionHalf(
 FEED_FORWARD = encoder.FeedForwardHalf(
     *("ffn.lin1", "ffn.activation", "ffn.lin2", "ffn.dropout", "output_layer_norm"), called=("ffn",)
 )
+
+
+class Embeddings(embedding.Embeddings, modeling_distilbert.Embeddings):
+    def _fastft_forward(self, input_ids, inputs_embeds=None, position_ids=None):
+        if self._fastft_runs(input_ids, inputs_embeds):
+            return self._fastft_embedded(input_ids, None, position_ids)
+        return super().forward(input_ids, inputs_embeds, position_ids)
 
 
 class DistilBertSelfAttention(bert_like.SelfAttention, modeling_distilbert.DistilBertSelfAttention):

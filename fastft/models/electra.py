@@ -2,10 +2,14 @@
 
 from transformers.models.electra import modeling_electra
 
-from fastft.models import bert_like, head
+from fastft.models import bert_like, embedding, head
 
 # What computes something besides calling what is inside, and is left to PyTorch.
 NOT_REPLACED = (modeling_electra.ElectraCrossAttention,)
+
+
+class ElectraEmbeddings(embedding.Embeddings, modeling_electra.ElectraEmbeddings):
+    pass
 
 
 class ElectraSelfAttention(bert_like.SelfAttention, modeling_electra.ElectraSelfAttention):

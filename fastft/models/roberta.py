@@ -2,10 +2,15 @@
 
 from transformers.models.roberta import modeling_roberta
 
-from fastft.models import bert_like, head
+from fastft.models import bert_like, embedding, head
 
 # What computes something besides calling what is inside, and is left to PyTorch.
 NOT_REPLACED = (modeling_roberta.RobertaCrossAttention,)
+
+
+class RobertaEmbeddings(embedding.Embeddings, modeling_roberta.RobertaEmbeddings):
+    def _fastft_positions(self, input_ids, cache_length):
+        return self.create_position_ids_from_input_ids(input_ids, self.padding_idx, cache_length)
 
 
 class RobertaSelfAttention(bert_like.SelfAttention, modeling_roberta.RobertaSelfAttention):

@@ -102,16 +102,24 @@ def replaced(ours):
     return stock[0] if stock and issubclass(ours, Swapped) else None
 
 
-def watched(module):
-    """Why ``module`` has to be called, its work cannot be done elsewhere; None if nobody would notice."""
+def watched(module, but=()):
+    """Why ``module`` has to be called, its work cannot be done elsewhere; None if nobody would notice.
+
+    ``but``: names of hooks whose work the caller does.
+    """
     if "forward" in module.__dict__:
         return "has a wrapped forward"
     if torch_module._has_any_global_hook():
         return "is watched by a global hook"
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    if any(_counts(hook) for of_kind in hooks for hook in of_kind.values()):
+    if any(_counts(hook) and _name(hook) not in but for of_kind in hooks for hook in of_kind.values()):
         return "has a hook"
     return None
+
+
+def is_hooked(module, names):
+    """Whether ``module`` has a forward hook of one of these names."""
+    return any(_name(hook) in names for hook in module._forward_hooks.values())
 
 
 def collected(module):
@@ -122,14 +130,18 @@ def collected(module):
 def _counts(hook):
     """Whether a hook sees something: transformers' capturing hooks, which one call with output_attentions leaves behind
     for good, do so only while a call collects what they are for."""
-    return getattr(hook, "__name__", "") != _CAPTURING or _collects(hook)
+    return _name(hook) != _CAPTURING or _collects(hook)
 
 
 _CAPTURING = "output_capturing_hook"
 
 
+def _name(hook):
+    return getattr(hook, "__name__", "")
+
+
 def _collects(hook):
-    if getattr(hook, "__name__", "") != _CAPTURING:
+    if _name(hook) != _CAPTURING:
         return False
     kind = hook.__closure__[hook.__code__.co_freevars.index("key")].cell_contents
     return kind in (hook.__globals__["_active_collector"].get() or ())

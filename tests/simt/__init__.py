@@ -79,6 +79,31 @@ def layer_norm_backward(dx, dresidual, dw, db, partial, dy, h, mean, rstd, w, *d
     return (dy if dx is None else dx, dy), fields
 
 
+def embedding_forward(y, mean, rstd, ids, position_ids, type_ids, word, position, type, w, b, *options):
+    tensors = y, mean, rstd, ids, position_ids, type_ids, word, position, type, w, b
+    return (y, word), (*tensors, *y.shape, *rows_of(word, position, type), *options)
+
+
+def embedding_backward(
+    dh, dw, db, partial, dy, mean, rstd, ids, position_ids, type_ids, word, position, type, w, *dropout
+):
+    if partial is None:  # Python makes this workspace for CUDA tensors only
+        partial = mean.new_empty(math.ceil(len(dy) / 64), 2, dy.shape[1])
+    tensors = dh, dw, db, partial, dy, mean, rstd, ids, position_ids, type_ids, word, position, type, w
+    return (dy, word), (*tensors, *dy.shape, *rows_of(word, position, type), *dropout)
+
+
+def embedding_scatter(dtable, ids, order, dh, padding):
+    if order is None:  # Python sorts, and clears, for CUDA tensors only
+        dtable.zero_()
+        ids, order = torch.sort(ids, stable=True)
+    return (dh, dtable), (dtable, ids, order, dh, *dh.shape, len(dtable), padding)
+
+
+def rows_of(*tables):
+    return (0 if table is None else len(table) for table in tables)
+
+
 def attention_forward(o, stats, q, k, v, mask, cu_q, cu_k, max_q, max_k, scale, causal, seed, *dropout):
     sizes, strides = attention_sizes(q, k, cu_q, cu_k, max_q, max_k), heads_strides(o, q, k, v)
     tensors = flat(o), stats, flat(q), flat(k), flat(v), *masks(mask), cu_q, cu_k, seed
@@ -159,6 +184,7 @@ FIELDS = {
         *(linear_act_forward, linear_act_backward),
         *(cross_entropy_forward, cross_entropy_backward),
         *(layer_norm_forward, layer_norm_backward),
+        *(embedding_forward, embedding_backward, embedding_scatter),
         *(attention_forward, attention_backward),
         *(adamw, grad_norm, scale_grads),
     )
