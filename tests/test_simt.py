@@ -129,15 +129,90 @@ def test_missing_value_stays_in_its_row(gpu):
 
 def test_every_kernel_of_the_module_can_be_called_through_an_op():
     named = {f"{op}_{suffix}" for op in simt.FIELDS for suffix in simt.SUFFIXES.values()}
-    others = {"set_order"} | {name for name in dir(simt.kernels()) if name.startswith(("_", "planted"))}
+    others = {name for name in dir(simt.kernels()) if name.startswith(("_", "set_order", "planted", "fragments"))}
     assert set(dir(simt.kernels())) - others == named
+
+
+# ---- what stands in for PTX (tests/simt/mma_sm80.cuh), against the fragments that the PTX manual draws
+
+LANE = numpy.arange(32)[:, None]
+HALVES = numpy.arange(2)
+ACCUMULATOR = LANE // 4 + numpy.arange(4) // 2 * 8, LANE % 4 * 2 + numpy.arange(4) % 2  # row, column of a lane's four
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_ldmatrix_gives_each_lane_its_two_numbers_of_a_row(transposed):
+    rows = numpy.random.default_rng(0).integers(0, 1 << 16, (32, 8), numpy.uint16)
+    registers = numpy.zeros((32, 4), numpy.uint32)
+    simt.kernels().fragments_ldmatrix(registers, rows, transposed)
+    matrices = rows.reshape(4, 8, 8)
+    if transposed:
+        matrices = matrices.transpose(0, 2, 1)
+    assert numpy.array_equal(
+        halves(registers)[:, :, HALVES], matrices[:, LANE // 4, LANE % 4 * 2 + HALVES].swapaxes(0, 1)
+    )
+
+
+def halves(registers):
+    """(lanes, registers, 2) numbers of 16 bits, the lower half first."""
+    return registers.view(numpy.uint16).reshape(*registers.shape, 2)
+
+
+def fragments_16(a, b):
+    """Registers of A (16, 16) and B (16, 8): four, and two, of two numbers each."""
+    at, t = numpy.arange(4), (LANE % 4 * 2)[:, None]
+    of_a = a[(LANE // 4 + at % 2 * 8)[:, :, None], t + at[:, None] // 2 * 8 + HALVES]
+    of_b = b[t + at[:2, None] * 8 + HALVES, (LANE // 4)[:, None]]
+    return [numpy.ascontiguousarray(x).view(numpy.uint32)[..., 0].copy() for x in (of_a, of_b)]
+
+
+def fragments_32(a, b):
+    """Registers of A (16, 8) and B (8, 8): four, and two, of one number each."""
+    at = numpy.arange(4)
+    of_a, of_b = a[LANE // 4 + at % 2 * 8, LANE % 4 + at // 2 * 4], b[LANE % 4 + at[:2] * 4, LANE // 4]
+    return [numpy.ascontiguousarray(x).view(numpy.uint32) for x in (of_a, of_b)]
+
+
+def stored(matrix, dtype):
+    """A torch tensor's numbers as NumPy has them, bfloat16 as uint16."""
+    return simt.to_numpy(matrix.to(dtype).contiguous())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_mma_multiplies_the_fragments_and_cuts_the_sum_off(dtype):
+    generator = torch.Generator().manual_seed(0)
+    K = 8 if dtype == torch.float32 else 16
+    a, b, c = (torch.randn(shape, generator=generator) for shape in ((16, K), (K, 8), (16, 8)))
+    if dtype == torch.float32:  # tf32 keeps ten bits of the mantissa; what lies below is not looked at
+        name, fragments = "mma_tf32", fragments_32(a.numpy(), b.numpy())
+        a, b = ((x.view(torch.int32) & ~0x1FFF).view(torch.float32) for x in (a, b))
+    else:
+        name = {torch.bfloat16: "mma_bf16", torch.float16: "mma_f16"}[dtype]
+        fragments, (a, b) = fragments_16(stored(a, dtype), stored(b, dtype)), (x.to(dtype) for x in (a, b))
+    d = numpy.ascontiguousarray(c.numpy()[ACCUMULATOR])
+    getattr(simt.kernels(), f"fragments_{name}")(d, *fragments)
+    truth = c.double()
+    for half in (slice(K // 2), slice(K // 2, K)):
+        truth += a[:, half].double() @ b[half].double()
+        truth = (truth.view(torch.int64) & -(1 << 29)).view(torch.float64)  # 24 bits are float32's
+    found = torch.empty(16, 8)
+    found[ACCUMULATOR] = torch.from_numpy(d)
+    assert torch.equal(found.double(), truth)
+
+
+def test_copies_rows_and_products_together_make_a_matrix_product():
+    a, b = (torch.arange(rows * 128).remainder(7).sub(3).view(rows, 128).bfloat16() for rows in (16, 8))
+    found = numpy.full((16, 8), numpy.nan, numpy.float32)
+    simt.kernels().fragments_product(found, simt.to_numpy(a), simt.to_numpy(b))
+    assert torch.equal(torch.from_numpy(found), a.float() @ b.float().T)
 
 
 # ---- the executor itself, on kernels with a planted bug each (tests/simt/planted.cu)
 
 
 def planted(name):
-    out = numpy.full(64, -1, numpy.float32)
+    out = numpy.full(80, -1, numpy.float32)
+    out = out[-out.ctypes.data % 64 // 4 :][:64]  # at a multiple of 64 bytes
     getattr(simt.kernels(), f"planted_{name}")(out)
     return out.tolist()
 
@@ -152,6 +227,11 @@ def planted(name):
         ("shuffle_from_exited_lane", r"\((30|62), 0, 0\) shuffles from a lane that .* has exited, .*planted.cu:\d+"),
         ("failed_assertion", r"\(\d+, 0, 0\) fails assertion threadIdx.x < 50 .*planted.cu:\d+"),
         ("too_many_threads", "invalid configuration argument"),
+        ("misaligned_copy", r"\(\d+, 0, 0\) gives an address that is no multiple of 16, .*planted.cu:\d+"),
+        ("misaligned_row", r"\(\d+, 0, 0\) gives an address that is no multiple of 16, .*planted.cu:\d+"),
+        ("row_not_in_shared", r"\(\d+, 0, 0\) gives an address that is not in shared memory, .*planted.cu:\d+"),
+        ("lane_missing_from_mma", r"\(0, 0, 0\) waits for lanes of its warp that do not come, .*planted.cu:\d+"),
+        ("lane_exited_before_mma", r"\(0, 0, 0\) takes all 32 lanes .* some are not there, .*planted.cu:\d+"),
     ],
 )
 def test_wrong_kernel_is_named(name, message, seed, order):
@@ -160,7 +240,7 @@ def test_wrong_kernel_is_named(name, message, seed, order):
         planted(name)
 
 
-@pytest.mark.parametrize("name", ["missing_barrier", "unwritten_shared"])
+@pytest.mark.parametrize("name", ["missing_barrier", "unwritten_shared", "read_before_wait", "waits_for_older_groups"])
 def test_shared_memory_read_before_it_is_written_is_nan(name):
     assert any(math.isnan(value) for value in planted(name))
 

@@ -1,5 +1,6 @@
 // Kernels with one planted bug each, which test_simt.py expects to be caught, and one with none.
 #include <cassert>
+#include <mma_sm80.cuh>
 
 #include "device.cuh"
 #include "planted.h"
@@ -72,6 +73,55 @@ __global__ void shuffle_from_exited_lane_kernel(float* out) {
 __global__ void failed_assertion_kernel(float* out) {
   assert(threadIdx.x < 50 && "too large");
   out[threadIdx.x] = 0;
+}
+
+// Two groups of copies of `out` to shared memory and back: a first half, then a second.
+template <int kPending>
+__device__ void copy_in_groups(float* out, bool wait) {
+  alignas(16) __shared__ float shared[2][kThreads];
+  for (int group = 0; group < 2; ++group) {
+    if (threadIdx.x < kThreads / 4)
+      fastft::cuda::cp_async_16(&shared[group][threadIdx.x * 4], out + threadIdx.x * 4, true);
+    fastft::cuda::cp_async_commit();
+  }
+  if (wait) fastft::cuda::cp_async_wait<kPending>();
+  __syncthreads();
+  out[threadIdx.x] = shared[1][threadIdx.x];
+}
+__global__ void read_before_wait_kernel(float* out) { copy_in_groups<0>(out, false); }
+__global__ void waits_for_older_groups_kernel(float* out) { copy_in_groups<1>(out, true); }
+
+__global__ void misaligned_copy_kernel(float* out) {
+  alignas(16) __shared__ float shared[kThreads + 4];
+  fastft::cuda::cp_async_16(shared, out + threadIdx.x, true);
+}
+
+__global__ void misaligned_row_kernel(float* out) {
+  alignas(16) __shared__ uint16_t shared[kThreads + 1][9];
+  for (int i = 0; i < 9; ++i) shared[threadIdx.x][i] = 0;
+  __syncthreads();
+  uint32_t r[4];
+  fastft::cuda::ldmatrix_x4(r, shared[threadIdx.x]);
+  out[threadIdx.x] = float(r[0]);
+}
+
+__global__ void row_not_in_shared_kernel(float* out) {
+  uint32_t r[4];
+  fastft::cuda::ldmatrix_x4(r, reinterpret_cast<char*>(reinterpret_cast<uintptr_t>(out) & ~uintptr_t(15)));
+}
+
+__device__ void multiply(float* out) {
+  float d[4] = {};
+  const uint32_t a[4] = {}, b[2] = {};
+  fastft::cuda::mma_m16n8k16<fastft::bf16>(d, a, b);
+  out[threadIdx.x] = d[0];
+}
+__global__ void lane_missing_from_mma_kernel(float* out) {
+  if (threadIdx.x % 32 != 5) multiply(out);
+  __syncthreads();
+}
+__global__ void lane_exited_before_mma_kernel(float* out) {
+  if (threadIdx.x % 32 != 5) multiply(out);
 }
 
 }  // namespace

@@ -10,7 +10,14 @@
   X(exit_before_barrier)      \
   X(divergent_shuffle)        \
   X(shuffle_from_exited_lane) \
-  X(failed_assertion)
+  X(failed_assertion)         \
+  X(read_before_wait)         \
+  X(waits_for_older_groups)   \
+  X(misaligned_copy)          \
+  X(misaligned_row)           \
+  X(row_not_in_shared)        \
+  X(lane_missing_from_mma)    \
+  X(lane_exited_before_mma)
 
 namespace planted {
 #define FASTFT_X(name) void name(float* out);
