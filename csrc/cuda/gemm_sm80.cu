@@ -20,10 +20,10 @@
 //
 // Any size: an operand whose rows do not start at multiples of 16 bytes is read element by element into the same tiles.
 // fp32 stays on the kernel of linear_act.cu, since tf32 would change numbers. Not yet run on a GPU.
-#include <mma_sm80.cuh>  // not by its place: tests/simt has another one
 
 #include "activation.cuh"
 #include "gemm_sm80.cuh"
+#include "tile_sm80.cuh"
 
 namespace fastft::cuda {
 namespace {
@@ -33,9 +33,8 @@ constexpr int kDepth = 32;                          // of a step
 constexpr int kStages = 4;                          // steps that are in shared memory or on their way
 constexpr int kWarpTile = 64;                       // rows and columns per warp
 constexpr int kThreads = 128;                       // 2 x 2 warps
-constexpr int kChunk = 8;                           // elements of 16 bytes
-constexpr int kPitchAlong = kDepth + kChunk;        // of a tile (kTile, kDepth), elements
-constexpr int kPitchAcross = kTile + kChunk;        // of a tile (kDepth, kTile)
+constexpr int kPitchAlong = tile_pitch(kDepth);     // of a tile (kTile, kDepth), elements
+constexpr int kPitchAcross = tile_pitch(kTile);     // of a tile (kDepth, kTile)
 constexpr int kTileElements = kTile * kPitchAlong;  // the larger of the two
 constexpr int kPitchSums = kTile + 8;               // of c in fp32; quarters of a warp store to different banks
 constexpr size_t kShared = kStages * 2 * kTileElements * 2;  // bytes
@@ -53,103 +52,27 @@ struct Operand {
 
   Operand(const T* data, int64_t rows, int64_t depth)
       : data(data), rows(rows), depth(depth), stride(kAcross ? rows : depth) {
-    chunks = stride % kChunk == 0 && reinterpret_cast<uintptr_t>(data) % (kChunk * sizeof(T)) == 0;
+    chunks = in_chunks(data, stride);
   }
 };
 
-// A thread's share of an operand's tiles: chunks of 8 stored elements, the same place in each step's tile.
+// Starts to bring the tile of rows from `row` and of depth from `from`, zeros from depth `end` on.
 template <class T, bool kAcross>
-struct Loader {
-  static constexpr int kChunksPerRow = (kAcross ? kTile : kDepth) / kChunk;
-  static constexpr int kRowsApart = kThreads / kChunksPerRow;
-  static constexpr int kPasses = (kAcross ? kDepth : kTile) / kRowsApart;
-  static constexpr int kPitch = kAcross ? kPitchAcross : kPitchAlong;
-
-  const Operand<T, kAcross>& x;
-  int64_t first;  // row of the operand that the tile begins with
-  int line, offset;
-
-  __device__ Loader(const Operand<T, kAcross>& x, int64_t first)
-      : x(x), first(first), line(threadIdx.x / kChunksPerRow), offset(threadIdx.x % kChunksPerRow * kChunk) {}
-
-  // Starts to bring the tile of depth from..from + kDepth, zeros from `end` on.
-  __device__ void operator()(T* tile, int64_t from, int64_t end) const {
-    const int64_t last_row = kAcross ? end : x.rows, last = kAcross ? x.rows : end;  // of what is stored
-    const int64_t column = (kAcross ? first : from) + offset;
-#pragma unroll
-    for (int pass = 0; pass < kPasses; ++pass) {
-      const int at = line + pass * kRowsApart;
-      const int64_t row = (kAcross ? from : first) + at;
-      T* const to = tile + at * kPitch + offset;
-      const bool live = row < last_row && column < last;
-      const T* const source = x.data + (live ? row * x.stride + column : 0);
-      if (x.chunks) {
-        cp_async_16(to, source, live);
-      } else {
-#pragma unroll
-        for (int e = 0; e < kChunk; ++e) to[e] = live && column + e < last ? source[e] : T{};
-      }
-    }
-  }
-};
-
-// The fragment of rows row..row + 15 and depth d..d + 15 of a tile: of a, or of b for two products side by side.
-template <bool kAcross, class T>
-__device__ void load_a(uint32_t (&r)[4], const T* tile, int row, int d) {
-  const int lane = threadIdx.x % kWarp, i = lane % 8, lower = lane / 8 % 2 * 8, upper = lane / 16 * 8;
+__device__ void load(T* tile, const Operand<T, kAcross>& x, int64_t row, int64_t from, int64_t end) {
   if constexpr (kAcross)
-    ldmatrix_x4_trans(r, tile + (d + i + upper) * kPitchAcross + row + lower);
+    load_tile<kDepth, kTile, kThreads>(tile, x.data + from * x.stride + row, x.stride, end - from, x.rows - row,
+                                       x.chunks);
   else
-    ldmatrix_x4(r, tile + (row + i + lower) * kPitchAlong + d + upper);
-}
-template <bool kAcross, class T>
-__device__ void load_b(uint32_t (&r)[4], const T* tile, int row, int d) {
-  const int lane = threadIdx.x % kWarp, i = lane % 8, lower = lane / 8 % 2 * 8, upper = lane / 16 * 8;
-  if constexpr (kAcross)
-    ldmatrix_x4_trans(r, tile + (d + i + lower) * kPitchAcross + row + upper);
-  else
-    ldmatrix_x4(r, tile + (row + i + upper) * kPitchAlong + d + lower);
+    load_tile<kTile, kDepth, kThreads>(tile, x.data + row * x.stride + from, x.stride, x.rows - row, end - from,
+                                       x.chunks);
 }
 
-// ---- eight neighbours at once where they lie at a multiple of their size
+template <bool kAcross>
+constexpr int kPitch = kAcross ? kPitchAcross : kPitchAlong;
 
-template <class T>
-struct alignas(16) Chunk {
-  T v[kChunk];
-};
+// ---- the activation table, which takes half a chunk a call
 
-template <class T>
-bool in_chunks(const T* data, int64_t stride) {
-  return stride % kChunk == 0 && reinterpret_cast<uintptr_t>(data) % alignof(Chunk<T>) == 0;
-}
-
-template <class T>
-__device__ void read(float (&values)[kChunk], const T* from, int live, bool chunks) {
-  if (chunks) {
-    const auto chunk = *reinterpret_cast<const Chunk<T>*>(from);
-#pragma unroll
-    for (int e = 0; e < kChunk; ++e) values[e] = to_float(chunk.v[e]);
-  } else {
-#pragma unroll
-    for (int e = 0; e < kChunk; ++e) values[e] = e < live ? to_float(from[e]) : 0.f;
-  }
-}
-
-template <class T>
-__device__ void write(T* to, const float (&values)[kChunk], int live, bool chunks) {
-  Chunk<T> chunk;
-#pragma unroll
-  for (int e = 0; e < kChunk; ++e) chunk.v[e] = from_float<T>(values[e]);
-  if (chunks) {
-    *reinterpret_cast<Chunk<T>*>(to) = chunk;
-  } else {
-#pragma unroll
-    for (int e = 0; e < kChunk; ++e)
-      if (e < live) to[e] = chunk.v[e];
-  }
-}
-
-constexpr int kHalf = kChunk / 2;  // as many values as a call of the table takes
+constexpr int kHalf = kChunk / 2;
 template <class Function>
 __device__ void by_halves(float (&values)[kChunk], const Function& function) {
 #pragma unroll
@@ -256,14 +179,12 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int row0 = warp / 2 * kWarpTile, col0 = warp % 2 * kWarpTile;
   T* const shared = reinterpret_cast<T*>(dynamic_shared());
-  const Loader<T, kAcrossA> load_tile_a(a, row);
-  const Loader<T, kAcrossB> load_tile_b(b, col);
   const auto start = [&](int64_t step) {
     const int64_t from = begin + step * kDepth;
     T* const stage = shared + step % kStages * (2 * kTileElements);
     if (from < end) {
-      load_tile_a(stage, from, end);
-      load_tile_b(stage + kTileElements, from, end);
+      load(stage, a, row, from, end);
+      load(stage + kTileElements, b, col, from, end);
     }
     cp_async_commit();  // an empty group keeps the count
   };
@@ -285,14 +206,13 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int d = 0; d < kDepth; d += 16) {
       uint32_t of_a[kWarpTile / 16][4], of_b[kWarpTile / 16][4];
 #pragma unroll
-      for (int i = 0; i < kWarpTile / 16; ++i) load_a<kAcrossA>(of_a[i], tile_a, row0 + 16 * i, d);
+      for (int i = 0; i < kWarpTile / 16; ++i) load_a<kPitch<kAcrossA>, kAcrossA>(of_a[i], tile_a, row0 + 16 * i, d);
 #pragma unroll
-      for (int j = 0; j < kWarpTile / 16; ++j) load_b<kAcrossB>(of_b[j], tile_b, col0 + 16 * j, d);
+      for (int j = 0; j < kWarpTile / 16; ++j) load_b<kPitch<kAcrossB>, kAcrossB>(of_b[j], tile_b, col0 + 16 * j, d);
 #pragma unroll
       for (int i = 0; i < kWarpTile / 16; ++i)
 #pragma unroll
-        for (int j = 0; j < kWarpTile / 8; ++j)
-          mma_m16n8k16<T>(c[i][j], of_a[i], {of_b[j / 2][j % 2 * 2], of_b[j / 2][j % 2 * 2 + 1]});
+        for (int j = 0; j < kWarpTile / 16; ++j) mma_pair<T>(c[i][2 * j], c[i][2 * j + 1], of_a[i], of_b[j]);
       if constexpr (Epilogue::kRowSums) {
         if (sums_rows) {
           const uint32_t one = from_float<T>(1.f).bits, ones = one | one << 16;
@@ -410,7 +330,7 @@ void gemm_backward(const LinearActBackward<T, W>& p, Stream stream) {
   const int64_t n = p.M * p.N;
   T* const dz_out = p.dx || p.dw || p.db ? p.dz : nullptr;
   if (p.z && (dz_out || p.y)) {
-    const bool chunks = in_chunks(p.dy, 0) && in_chunks(p.z, 0) && in_chunks(dz_out, 0) && in_chunks(p.y, 0);
+    const bool chunks = in_chunks(p.dy) && in_chunks(p.z) && in_chunks(dz_out) && in_chunks(p.y);
     launch(grad_preact_kernel<T>, grid_of(ceil_div(n, kThreads * kChunk)), kThreads, 0, stream, dz_out, p.y, p.dy, p.z,
            n, p.activation, chunks);
   }
