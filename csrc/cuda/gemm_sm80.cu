@@ -70,6 +70,15 @@ __device__ void load(T* tile, const Operand<T, kAcross>& x, int64_t row, int64_t
 template <bool kAcross>
 constexpr int kPitch = kAcross ? kPitchAcross : kPitchAlong;
 
+// The pointer, if it is one to a To; else null.
+template <class To, class From>
+To* as(From* pointer) {
+  if constexpr (std::is_same_v<To, From>)
+    return pointer;
+  else
+    return nullptr;
+}
+
 // ---- the activation table, which takes half a chunk a call
 
 constexpr int kHalf = kChunk / 2;
@@ -86,25 +95,40 @@ __device__ void by_halves(float (&values)[kChunk], const Function& function) {
   }
 }
 
-// ---- epilogues: columns(split, j, live) gives what takes a row i of c, `live` neighbours of it from column j on
+// ---- epilogues: columns(split, j, live) gives what takes a row i of c, `live` neighbours of it from column j on.
+// Parameters may be of T or of float: two pointers, as another type would double the kernels.
 
-template <class T, class W>
+template <class T>
 struct BiasActivation {
   static constexpr bool kRowSums = false;
-  LinearActForward<T, W> p;
+  T* y;
+  T* z;        // or null
+  const T* b;  // this or the next, or none of both
+  const float* b32;
+  int64_t stride;
+  int activation;
   bool chunks;
 
-  explicit BiasActivation(const LinearActForward<T, W>& p) : p(p), chunks(in_chunks(p.y, p.N) && in_chunks(p.z, p.N)) {}
+  template <class W>
+  explicit BiasActivation(const LinearActForward<T, W>& p)
+      : y(p.y),
+        z(p.z),
+        b(as<const T>(p.b)),
+        b32(as<const float>(p.b)),
+        stride(p.N),
+        activation(p.activation),
+        chunks(in_chunks(p.y, p.N) && in_chunks(p.z, p.N)) {}
 
   __device__ auto columns(int, int64_t j, int live) const {
     Values<float, kChunk> bias = {};
-    if (p.b) read(bias.v, p.b + j, live, false);
+    if (b) read(bias.v, b + j, live, false);
+    if (b32) read(bias.v, b32 + j, live, false);
     return [this, bias, j, live](int64_t i, float (&c)[kChunk]) {
 #pragma unroll
       for (int e = 0; e < kChunk; ++e) c[e] += bias.v[e];
-      if (p.z) write(p.z + i * p.N + j, c, live, chunks);
-      if (p.activation != kIdentity) by_halves(c, [&](auto part) { return activation_of(p.activation, part); });
-      write(p.y + i * p.N + j, c, live, chunks);
+      if (z) write(z + i * stride + j, c, live, chunks);
+      if (activation != kIdentity) by_halves(c, [&](auto part) { return activation_of(activation, part); });
+      write(y + i * stride + j, c, live, chunks);
     };
   }
 };
@@ -135,35 +159,49 @@ struct GradInput {
 };
 
 // dw (N, K) and db (N), each may be null; or partial sums of split s in place of both: (N, K) and behind it (N).
-template <class W>
+template <class T>
 struct GradWeight {
   static constexpr bool kRowSums = true;
-  W* dw;
-  W* db;
+  T* dw;
+  float* dw32;
+  T* db;
+  float* db32;
   float* partial;
   int64_t N, K;
   bool chunks;
 
+  template <class W>
   GradWeight(W* dw, W* db, float* partial, int64_t N, int64_t K)
-      : dw(dw), db(db), partial(partial), N(N), K(K), chunks(in_chunks(dw, K)) {}
+      : dw(as<T>(dw)),
+        dw32(as<float>(dw)),
+        db(as<T>(db)),
+        db32(as<float>(db)),
+        partial(partial),
+        N(N),
+        K(K),
+        chunks(in_chunks(dw, K)) {}
 
+  __device__ bool sums_rows() const { return db || db32; }
   __device__ float* of_split(int split) const { return partial + split * (N * K + N); }
 
   __device__ auto columns(int split, int64_t j, int live) const {
     return [this, split, j, live](int64_t i, float (&c)[kChunk]) {
-      if (!dw) return;
       const int64_t at = i * K + j;
-      if (partial)
+      if (partial && (dw || dw32))
         write(of_split(split) + at, c, live, false);
-      else
+      else if (dw)
         write(dw + at, c, live, chunks);
+      else if (dw32)
+        write(dw32 + at, c, live, chunks);
     };
   }
   __device__ void row_sum(int split, int64_t i, float sum) const {
     if (partial)
       of_split(split)[N * K + i] = sum;
+    else if (db)
+      db[i] = from_float<T>(sum);
     else
-      db[i] = from_float<W>(sum);
+      db32[i] = sum;
   }
 };
 
@@ -192,7 +230,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   float c[kWarpTile / 16][kWarpTile / 8][4] = {};
   bool sums_rows = false;
   float row_sums[Epilogue::kRowSums ? kWarpTile / 16 : 1][4] = {};
-  if constexpr (Epilogue::kRowSums) sums_rows = epilogue.db && col == 0 && col0 == 0;
+  if constexpr (Epilogue::kRowSums) sums_rows = epilogue.sums_rows() && col == 0 && col0 == 0;
 
   for (int step = 0; step < kStages - 1; ++step) start(step);
   const int64_t steps = end > begin ? ceil_div(end - begin, kDepth) : 0;
@@ -308,21 +346,12 @@ void product(const Operand<T, kAcrossA>& a, const Operand<T, kAcrossB>& b, const
   launch(product_kernel<T, kAcrossA, kAcrossB, Epilogue>, grid, kThreads, kShared, stream, a, b, epilogue, split_depth);
 }
 
-// The weight in the type of the products.
-template <class T, class W>
-const T* weight_of(const W* w, const T* w_low) {
-  if constexpr (std::is_same_v<T, W>)
-    return w;
-  else
-    return w_low;
-}
-
 }  // namespace
 
 template <class T, class W>
 void gemm_forward(const LinearActForward<T, W>& p, Stream stream) {
-  product(Operand<T, false>(p.x, p.M, p.K), Operand<T, false>(weight_of(p.w, p.w_low), p.N, p.K),
-          BiasActivation<T, W>(p), 1, stream);
+  product(Operand<T, false>(p.x, p.M, p.K), Operand<T, false>(p.w_low ? p.w_low : as<const T>(p.w), p.N, p.K),
+          BiasActivation<T>(p), 1, stream);
 }
 
 template <class T, class W>
@@ -336,13 +365,13 @@ void gemm_backward(const LinearActBackward<T, W>& p, Stream stream) {
   }
   const T* const dz = p.z ? p.dz : p.dy;
   if (p.dx)
-    product(Operand<T, false>(dz, p.M, p.N), Operand<T, true>(weight_of(p.w, p.w_low), p.K, p.N),
+    product(Operand<T, false>(dz, p.M, p.N), Operand<T, true>(p.w_low ? p.w_low : as<const T>(p.w), p.K, p.N),
             GradInput<T>(p.dx, p.add, p.K), 1, stream);
   if (!p.dw && !p.db) return;
   W* const dw = p.K ? p.dw : nullptr;
   // Without dw the first column of tiles is enough, of which only the sums count.
   product(Operand<T, true>(dz, p.N, p.M), Operand<T, true>(dw ? p.x : dz, dw ? p.K : 1, p.M),
-          GradWeight<W>(dw, p.db, p.partial, p.N, p.K), p.splits, stream);
+          GradWeight<T>(dw, p.db, p.partial, p.N, p.K), p.splits, stream);
   if (!p.partial) return;
   const int64_t stride = p.N * p.K + p.N;
   if (dw)
