@@ -120,6 +120,27 @@ def test_the_weights_gradient_of_many_rows_is_summed_in_parts_that_fill_the_gpu(
         assert parts * N * K * 4 < 16e6 or parts == 1
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_products_may_be_pytorchs_around_our_kernel(dtype, gpu, monkeypatch):
+    module = sys.modules["fastft.functional.linear_act"]
+    monkeypatch.setattr(module, "_multiplied_by_torch", lambda *_: True)
+    spec = next(spec for spec in SPECS if spec.name == "linear_act")
+    error.check_op(spec, small(spec, dtype), dtype)
+    assert {name.rpartition("_")[0] for name in gpu} == {"linear_act_backward"}
+
+
+def test_a_gradient_that_comes_another_way_is_added_to_pytorchs_product(gpu, monkeypatch):
+    module = sys.modules["fastft.functional.linear_act"]
+    t, results = TensorMaker(torch.float32), []
+    x, w, b, dy, z, add = t(30, 20), t(24, 20), t(24), t(30, 24), t(30, 24), t(30, 20)
+    for by_torch in (False, True):
+        monkeypatch.setattr(module, "_multiplied_by_torch", lambda *_, by_torch=by_torch: by_torch)
+        y = torch.empty_like(z)
+        results.append((*module.backward(3, z, (True, True, True), dy, x, w, b, add, y), y))
+    for ours, around in zip(*results, strict=True):
+        torch.testing.assert_close(ours, around)
+
+
 def test_missing_value_stays_in_its_row(gpu):
     x = torch.randn(70, 20)
     x[3, 19] = x[64, 0] = math.nan  # next to the edge of a tile

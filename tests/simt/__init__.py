@@ -48,7 +48,7 @@ def linear_act_forward(y, z, x, w, b, activation, low=None):
 
 
 def linear_act_backward(dx, dw, db, dy, z, x, w, activation, add=None, y=None, low=None, dz=None, partial=None):
-    if dy.dtype in (torch.bfloat16, torch.float16):
+    if dy.dtype in (torch.bfloat16, torch.float16) and any(t is not None for t in (dx, dw, db)):
         low, dz, partial = workspaces([t is not None for t in (dx, dw, db)], dy, z, w)
     tensors, sizes = (dx, dw, db, dy, z, x, w), (len(x), *w.shape, activation)
     parts = 1 if partial is None else len(partial)
