@@ -8,11 +8,12 @@ import pytest
 import simt
 import torch
 
-from fastft.functional import linear_act
+from fastft.functional import attention, linear_act
 from fastft.testing import error
 from fastft.testing.spec import TensorMaker, all_specs
 
 SPECS = [spec for spec in all_specs() if f"{spec.kernel}_forward" in simt.FIELDS]
+QKV = ("query", "key", "value")
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
 
 
@@ -274,6 +275,26 @@ def test_nothing_is_found_in_a_right_kernel(order):
     for seed in range(3):
         order(seed)
         assert planted("none") == [63 - i for i in range(64)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_elements_beyond_two_to_the_31_are_found(dtype, gpu):
+    """The last of three rows begins 2 GiB of elements behind the first; what lies between is never touched."""
+    apart, shape = 2**30 + 8, (1, 1, 3, 16)
+    memory = torch.empty(2 * apart + 16, dtype=dtype)
+    wide = memory.as_strided(shape, (0, 0, apart, 1))
+    wide.copy_(torch.randn(shape))
+    dense, other = wide.clone(), torch.randn(shape).to(dtype)
+    for of in ([wide, other, other], [other, wide, wide]):
+        near = [dense if tensor is wide else tensor for tensor in of]
+        results = [error.run(attention, dict(zip(QKV, three, strict=True)), QKV, torch.ones) for three in (of, near)]
+        for name, found in results[0].items():
+            assert torch.equal(found, results[1][name]), name
+
+
+def test_a_grid_of_more_blocks_than_cuda_has_is_refused(gpu):
+    with pytest.raises(RuntimeError, match="blocks are more than a CUDA grid holds"):
+        simt.kernels().linear_act_forward_f32(*[None] * 5, 2**31 * 64, 64, 0, 0, None, None)
 
 
 @pytest.mark.parametrize("packed", [False, True])
