@@ -9,16 +9,18 @@ import sys
 
 import pytest
 import simt
+import test_encoder_layer
 import torch
 
 import setup
-from fastft.functional import linear_act
+from fastft.functional import cross_entropy, linear_act
 from fastft.testing import error
 from fastft.testing.spec import TensorMaker, all_specs
 
 SPECS = [spec for spec in all_specs() if f"{spec.kernel}_forward" in simt.FIELDS]
 SANITIZED = simt.SANITIZED in os.environ
 SANITIZED_TEST = "test_kernels_are_clean_under_sanitizers"
+LAYER = {"attention", "layer_norm", "linear_act"}  # what an encoder layer is made of
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
 
 
@@ -51,8 +53,8 @@ def sanitized(request, tmp_path_factory):
 @pytest.fixture
 def gpu(monkeypatch):
     """Our ops run their CUDA kernels; gives the names of those that ran."""
-    module = sys.modules["fastft.functional.linear_act"]
-    monkeypatch.setattr(module, "rounds_input", lambda input, cast: False)  # as for tensors on a GPU
+    for name in ("linear_act", "encoder_layer"):  # as for tensors on a GPU
+        monkeypatch.setattr(sys.modules[f"fastft.functional.{name}"], "rounds_input", lambda input, cast: False)
     with simt.cuda_on_cpu() as names:
         yield names
 
@@ -87,8 +89,28 @@ def test_order_of_threads_does_not_change_a_bit(spec, gpu):
                 assert torch.equal(result.nan_to_num(nan=7), expected[name].nan_to_num(nan=7)), (sample, name)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast_takes_float32_parameters_into_the_kernel(dtype, gpu):
+each_order = pytest.mark.parametrize("order", range(simt.ORDERS))
+each_half = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+
+
+@each_half
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.kernel != "linear_act"], ids=repr)
+def test_float32_parameters_are_rounded_as_half_precision_ones(spec, dtype, gpu):
+    for index in small(spec, dtype):
+        sample = spec.sample(index, dtype)
+
+        def results(order, widen, sample=sample):
+            with simt.cuda_on_cpu(order, widen):
+                return error.run(spec.op, spec.named(sample), spec.differentiable(sample), TensorMaker(dtype))
+
+        expected = results(0, False)
+        for name, result in results(index % simt.ORDERS, True).items():
+            assert torch.equal(result.nan_to_num(nan=7), expected[name].nan_to_num(nan=7)), (sample, name)
+
+
+@each_order
+@each_half
+def test_autocast_takes_float32_parameters_into_the_kernel(dtype, order, gpu):
     def stock(input, weight, bias):
         return torch.nn.functional.gelu(torch.nn.functional.linear(input, weight, bias))
 
@@ -100,9 +122,83 @@ def test_autocast_takes_float32_parameters_into_the_kernel(dtype, gpu):
             ours, theirs = (error.run(f, single, single, TensorMaker(dtype, seed=-1)) for f in (linear_act, stock))
         return ours, theirs, error.run(stock, double, double, TensorMaker(dtype, seed=-1))
 
-    error.check(evaluate)
+    with simt.cuda_on_cpu(order) as names:
+        error.check(evaluate)
     suffix = simt.SUFFIXES[dtype, torch.float32]
-    assert {f"linear_act_forward_{suffix}", f"linear_act_backward_{suffix}"} == set(gpu)
+    assert {f"linear_act_forward_{suffix}", f"linear_act_backward_{suffix}"} == set(names)
+
+
+@each_order
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_many_classes_with_soft_targets_are_within_the_error_budget(dtype, order, gpu):
+    classes = (1025, 1300)[order % 2]  # more than a warp takes
+
+    def evaluate(seed):
+        t = TensorMaker(dtype, seed=seed)
+        arguments, target = {"input": t(5, classes)}, t.indices(classes, 5)
+
+        def run(function, dtype):
+            options = {"target": target, "label_smoothing": 0.1}
+            return error.run(lambda input: function(input, **options), error.cast(arguments, dtype), ["input"], one)
+
+        def one(*shape):
+            return torch.ones(shape, dtype=dtype)
+
+        stock = torch.nn.functional.cross_entropy
+        return (
+            run(cross_entropy, dtype),
+            run(stock, torch.float32 if dtype == torch.float64 else dtype),
+            run(stock, torch.float64),
+        )
+
+    with simt.cuda_on_cpu(order):
+        error.check(evaluate, double=dtype == torch.float64)
+
+
+@pytest.mark.parametrize("layout", ["full", "padded, first", "packed"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_whole_encoder_layer_is_its_composition(layout, dtype, gpu):
+    halves = test_encoder_layer.HALVES["layer"]
+    test_encoder_layer.test_outputs_and_gradients_are_the_composition_s_under_the_same_dropout(halves, layout, dtype)
+    assert {name[: name.index("_forward")] for name in gpu if "_forward" in name} == LAYER
+
+
+def test_a_whole_encoder_layer_under_autocast_is_within_its_budget(gpu):
+    halves = test_encoder_layer.HALVES["layer"]
+    test_encoder_layer.test_bfloat16_products_with_float32_parameters_stay_within_autocast_s_budget(halves)
+    assert {name[: name.index("_forward")] for name in gpu if "_forward" in name} == LAYER
+
+
+# ---- the optimizer's passes, apart from test_optim.py's budget
+
+
+def optimizer(order, gradient, parameter, wide=False):
+    """What all three make of the same numbers, and the kernels' names; `wide`: of the numbers in float32."""
+    t, shapes = TensorMaker(gradient), [(3,), (0,), (700, 100), (1, 65537)]
+    grads, params = ([t(*shape).to(dtype) for shape in shapes] for dtype in (gradient, parameter))
+    states = [[torch.full_like(param, value) for param in params] for value in (0.5, 0.25)]
+    if wide:
+        grads, params, *states = ([tensor.float() for tensor in tensors] for tensors in (grads, params, *states))
+    norm, factor = params[0].new_empty(()), torch.tensor(0.75, dtype=torch.promote_types(parameter, torch.float32))
+    with simt.cuda_on_cpu(order) as names:
+        torch.ops.fastft.grad_norm(norm, None, grads)
+        steps = [torch.tensor(3.0) for _ in params]
+        torch.ops.fastft.adamw(params, grads, *states, steps, factor, 1e-3, 0.9, 0.99, 1e-8, 0.01, False)
+        torch.ops.fastft.scale_grads(grads, params[0].new_full((), 0.75))
+    return [norm, *grads, *params, *states[0], *states[1]], names
+
+
+@pytest.mark.parametrize(("gradient", "parameter"), simt.SUFFIXES, ids=str)
+def test_optimizer_s_passes_compute_in_float32_and_in_any_order_the_same(gradient, parameter):
+    expected, names = optimizer(0, gradient, parameter)
+    suffix = simt.SUFFIXES[gradient, parameter]
+    assert names == [f"{op}_{suffix}" for op in ("grad_norm", "adamw", "scale_grads")]
+    for order in range(1, simt.ORDERS):
+        for result, other in zip(optimizer(order, gradient, parameter)[0], expected, strict=True):
+            assert torch.equal(result, other)
+    if gradient.itemsize == 2:
+        for result, other in zip(optimizer(0, gradient, parameter, wide=True)[0], expected, strict=True):
+            assert torch.equal(result.to(other.dtype), other)
 
 
 @pytest.mark.parametrize("wanted", ["input", "weight", "bias"])
@@ -169,7 +265,8 @@ def test_attention_drops_what_the_rule_says(dtype, packed, gpu):
 def test_every_kernel_ran_in_every_order(request):
     """Last but one: what other tests ran is counted."""
     tests = {item.originalname for item in request.session.items}
-    wanted = {name for name in globals() if name.startswith("test_")} - {SANITIZED_TEST}
+    wanted = {name for name, value in globals().items() if name.startswith("test_") and callable(value)}
+    wanted -= {SANITIZED_TEST}
     of_test_optim = ("steps_of_the_cuda_kernels_are", "clipping_by_the_cuda_kernels_is")
     wanted |= {f"test_{what}_within_the_error_budget" for what in of_test_optim}
     if missing := sorted(wanted - tests):

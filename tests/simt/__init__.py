@@ -184,16 +184,17 @@ ORDERS = 3  # of the threads of a block
 
 
 @contextlib.contextmanager
-def cuda_on_cpu(order: int | None = None):
+def cuda_on_cpu(order: int | None = None, widen: bool = False):
     """Within it our ops run their CUDA kernels on CPU tensors, float16 included; gives the names of those that ran.
 
     Args:
         order: in which threads take turns, see set_order in cuda_runtime.h; by default another one for each forward.
+        widen: gives half-precision parameters to the kernels as float32, and rounds what comes back.
     """
     with pytest.MonkeyPatch.context() as patch, _choice.use_backend("fastft"):
         names: list[str] = []
         for op in FIELDS:
-            patch.setattr(torch.ops.fastft, op, functools.partial(run, names, order, op), raising=False)
+            patch.setattr(torch.ops.fastft, op, functools.partial(run, names, order, widen, op), raising=False)
         patch.setattr(_library, "why_not", lambda: None)
         patch.setitem(_choice._DTYPES, "cpu", _choice._DTYPES["cuda"])
         yield names
@@ -203,20 +204,46 @@ turns = itertools.count()
 turn = 0
 
 
-def run(names, order, op, *args):
+def run(names, order, widen, op, *args):
     global turn
     if not op.endswith("_backward"):
         turn = next(turns)
     (activations, parameters), fields = FIELDS[op](*args)
-    names.append(f"{op}_{SUFFIXES[activations.dtype, parameters.dtype]}")
+    widen = widen and parameters.itemsize == 2
+    names.append(f"{op}_{SUFFIXES[activations.dtype, torch.float32 if widen else parameters.dtype]}")
     fields = [to_numpy(field) if isinstance(field, torch.Tensor) else field for field in fields]
-    copies = [placed(f, aligned=turn % 2) if isinstance(f, numpy.ndarray) else f for f in fields]
+    copies = [placed(f, move=turn % 2) if isinstance(f, numpy.ndarray) else f for f in fields]
     befores = [bits(copy).copy() if isinstance(copy, numpy.ndarray) else None for copy in copies]
     kernels().set_order(turn % ORDERS if order is None else order)
-    getattr(kernels(), names[-1])(*copies)
+    call = widened if widen else lambda kernel, copies: kernel(*copies)
+    call(getattr(kernels(), names[-1]), copies)
     for field, copy, before in zip(fields, copies, befores, strict=True):
         if before is not None:  # what else lies in the span of a strided tensor is another one's
             numpy.copyto(bits(field), bits(copy), where=bits(copy) != before)
+
+
+def widened(kernel, copies):
+    """Calls the kernel with float32 in place of half precision where it asks for that."""
+    wide = list(copies)
+    while True:
+        try:
+            kernel(*wide)
+            break
+        except TypeError as refused:  # by native/arguments.h, before anything runs
+            found = re.match(r"argument (\d+) is an array of (float16|uint16)", str(refused))
+            if not found:
+                raise
+            at = int(found[1])
+            wide[at] = from_numpy(copies[at]).float().numpy()
+    for copy, other in zip(copies, wide, strict=True):
+        if other is not copy:
+            numpy.copyto(copy, to_numpy(torch.from_numpy(other).to(from_numpy(copy).dtype)))
+
+
+def from_numpy(array):
+    """The inverse of to_numpy."""
+    tensor = torch.from_numpy(array)
+    return tensor.view(torch.bfloat16) if tensor.dtype == torch.uint16 else tensor
 
 
 def to_numpy(tensor: torch.Tensor):
@@ -228,9 +255,10 @@ def bits(array):
     return array.view(f"u{array.itemsize}")
 
 
-def placed(array, aligned):
-    """A copy of what a kernel is given, at a multiple of 16 bytes, or an element further; sanitized, in a heap block of
-    its own, else with NaN around it."""
+def placed(array, move):
+    """A copy of what a kernel is given, like it at a multiple of 16 bytes or off it, or the other way round if `move`;
+    sanitized, in a heap block of its own, else with NaN around it."""
+    aligned = (array.ctypes.data % 16 == 0) != bool(move)
     if SANITIZED in os.environ:
         return array.copy() if aligned else native.exactly(array)
     line = 64 // array.itemsize
