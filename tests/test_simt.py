@@ -104,8 +104,9 @@ def test_float32_parameters_are_rounded_as_half_precision_ones(spec, dtype, gpu)
                 return error.run(spec.op, spec.named(sample), spec.differentiable(sample), TensorMaker(dtype))
 
         expected = results(0, False)
-        for name, result in results(index % simt.ORDERS, True).items():
-            assert torch.equal(result.nan_to_num(nan=7), expected[name].nan_to_num(nan=7)), (sample, name)
+        for order in range(simt.ORDERS):
+            for name, result in results(order, True).items():
+                assert torch.equal(result.nan_to_num(nan=7), expected[name].nan_to_num(nan=7)), (sample, name)
 
 
 @each_order
@@ -151,16 +152,18 @@ def test_many_classes_with_soft_targets_are_within_the_error_budget(dtype, order
             run(stock, torch.float64),
         )
 
-    with simt.cuda_on_cpu(order):
-        error.check(evaluate, double=dtype == torch.float64)
+    for widen in (False, True):
+        with simt.cuda_on_cpu(order, widen):
+            error.check(evaluate, double=dtype == torch.float64)
 
 
-@pytest.mark.parametrize("layout", ["full", "padded, first", "packed"])
+@pytest.mark.parametrize(("order", "layout"), enumerate(["full", "padded, first", "packed"]))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_whole_encoder_layer_is_its_composition(layout, dtype, gpu):
-    halves = test_encoder_layer.HALVES["layer"]
-    test_encoder_layer.test_outputs_and_gradients_are_the_composition_s_under_the_same_dropout(halves, layout, dtype)
-    assert {name[: name.index("_forward")] for name in gpu if "_forward" in name} == LAYER
+def test_a_whole_encoder_layer_is_its_composition(order, layout, dtype, gpu):
+    halves, test = test_encoder_layer.HALVES["layer"], test_encoder_layer
+    with simt.cuda_on_cpu(order) as names:
+        test.test_outputs_and_gradients_are_the_composition_s_under_the_same_dropout(halves, layout, dtype)
+    assert {name[: name.index("_forward")] for name in names if "_forward" in name} == LAYER
 
 
 def test_a_whole_encoder_layer_under_autocast_is_within_its_budget(gpu):
