@@ -1,36 +1,63 @@
-"""The CUDA kernels, run on the CPU by tests/simt: within the error budget, in any order of threads, without a hang."""
+"""The CUDA kernels, run on the CPU by tests/simt: within the error budget, in any order of threads, without a hang.
+
+Here they are watched for races. All of it runs once more in a process where they are under ASan and UBSan."""
 
 import math
+import os
+import subprocess
 import sys
 
-import numpy
 import pytest
 import simt
+import test_encoder_layer
 import torch
 
-from fastft.functional import attention, linear_act
+import setup
+from fastft.functional import attention, cross_entropy, linear_act
 from fastft.testing import error
 from fastft.testing.spec import TensorMaker, all_specs
 
 SPECS = [spec for spec in all_specs() if f"{spec.kernel}_forward" in simt.FIELDS]
 QKV = ("query", "key", "value")
+SANITIZED = simt.SANITIZED in os.environ
+SANITIZED_TEST = "test_kernels_are_clean_under_sanitizers"
+LAYER = {"attention", "layer_norm", "linear_act"}  # what an encoder layer is made of
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """PyTorch's threads would take the time of the other process."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def sanitized(request, tmp_path_factory):
+    """A process that runs the same tests with sanitized kernels while these run, and its log."""
+    if not any(item.originalname == SANITIZED_TEST for item in request.session.items) or SANITIZED:
+        yield None
+        return
+    path = tmp_path_factory.mktemp("simt") / "sanitized.log"
+    command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "-k", "cuda or test_simt.py"]
+    environment = simt.sanitized_environment() | {"OMP_NUM_THREADS": "1"}
+    with path.open("w") as log:
+        tests = ["tests/test_optim.py", "tests/test_simt.py"]
+        process = subprocess.Popen([*command, *tests], env=environment, cwd=setup.ROOT, stdout=log, stderr=log)
+    yield process, path
+    process.kill()
+    process.wait()
 
 
 @pytest.fixture
 def gpu(monkeypatch):
     """Our ops run their CUDA kernels; gives the names of those that ran."""
-    module = sys.modules["fastft.functional.linear_act"]
-    monkeypatch.setattr(module, "rounds_input", lambda input, cast: False)  # as for tensors on a GPU
+    for name in ("linear_act", "encoder_layer"):  # as for tensors on a GPU
+        monkeypatch.setattr(sys.modules[f"fastft.functional.{name}"], "rounds_input", lambda input, cast: False)
     with simt.cuda_on_cpu() as names:
         yield names
-
-
-@pytest.fixture
-def order():
-    """Sets the order in which threads take turns."""
-    yield simt.kernels().set_order
-    simt.kernels().set_order(0)
 
 
 def small(spec, dtype):
@@ -50,22 +77,43 @@ def test_every_small_case_is_within_the_error_budget(spec, dtype, gpu):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("spec", SPECS, ids=repr)
-def test_order_of_threads_does_not_change_a_bit(spec, dtype, gpu, order):
+def test_order_of_threads_does_not_change_a_bit(spec, dtype, gpu):
     for index in small(spec, dtype):
         sample = spec.sample(index, dtype)
 
-        def results(seed, sample=sample):
-            order(seed)
-            return error.run(spec.op, spec.named(sample), spec.differentiable(sample), TensorMaker(dtype))
+        def results(order, sample=sample):
+            with simt.cuda_on_cpu(order):
+                return error.run(spec.op, spec.named(sample), spec.differentiable(sample), TensorMaker(dtype))
 
         expected = results(0)
-        for seed in (1, 2):
-            for name, result in results(seed).items():
+        for order in range(1, simt.ORDERS):
+            for name, result in results(order).items():
                 assert torch.equal(result.nan_to_num(nan=7), expected[name].nan_to_num(nan=7)), (sample, name)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast_takes_float32_parameters_into_the_kernel(dtype, gpu):
+each_order = pytest.mark.parametrize("order", range(simt.ORDERS))
+each_half = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+
+
+@each_half
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.kernel != "linear_act"], ids=repr)
+def test_float32_parameters_are_rounded_as_half_precision_ones(spec, dtype, gpu):
+    for index in small(spec, dtype):
+        sample = spec.sample(index, dtype)
+
+        def results(order, widen, sample=sample):
+            with simt.cuda_on_cpu(order, widen):
+                return error.run(spec.op, spec.named(sample), spec.differentiable(sample), TensorMaker(dtype))
+
+        expected = results(0, False)
+        for order in range(simt.ORDERS):
+            for name, result in results(order, True).items():
+                assert torch.equal(result.nan_to_num(nan=7), expected[name].nan_to_num(nan=7)), (sample, name)
+
+
+@each_order
+@each_half
+def test_autocast_takes_float32_parameters_into_the_kernel(dtype, order, gpu):
     def stock(input, weight, bias):
         return torch.nn.functional.gelu(torch.nn.functional.linear(input, weight, bias))
 
@@ -77,9 +125,85 @@ def test_autocast_takes_float32_parameters_into_the_kernel(dtype, gpu):
             ours, theirs = (error.run(f, single, single, TensorMaker(dtype, seed=-1)) for f in (linear_act, stock))
         return ours, theirs, error.run(stock, double, double, TensorMaker(dtype, seed=-1))
 
-    error.check(evaluate)
+    with simt.cuda_on_cpu(order) as names:
+        error.check(evaluate)
     suffix = simt.SUFFIXES[dtype, torch.float32]
-    assert {f"linear_act_forward_{suffix}", f"linear_act_backward_{suffix}"} == set(gpu)
+    assert {f"linear_act_forward_{suffix}", f"linear_act_backward_{suffix}"} == set(names)
+
+
+@each_order
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_many_classes_with_soft_targets_are_within_the_error_budget(dtype, order, gpu):
+    classes = (1025, 1300)[order % 2]  # more than a warp takes
+
+    def evaluate(seed):
+        t = TensorMaker(dtype, seed=seed)
+        arguments, target = {"input": t(5, classes)}, t.indices(classes, 5)
+
+        def run(function, dtype):
+            options = {"target": target, "label_smoothing": 0.1}
+            return error.run(lambda input: function(input, **options), error.cast(arguments, dtype), ["input"], one)
+
+        def one(*shape):
+            return torch.ones(shape, dtype=dtype)
+
+        stock = torch.nn.functional.cross_entropy
+        return (
+            run(cross_entropy, dtype),
+            run(stock, torch.float32 if dtype == torch.float64 else dtype),
+            run(stock, torch.float64),
+        )
+
+    for widen in (False, True):
+        with simt.cuda_on_cpu(order, widen):
+            error.check(evaluate, double=dtype == torch.float64)
+
+
+@pytest.mark.parametrize(("order", "layout"), enumerate(["full", "padded, first", "packed"]))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_whole_encoder_layer_is_its_composition(order, layout, dtype, gpu):
+    halves, test = test_encoder_layer.HALVES["layer"], test_encoder_layer
+    with simt.cuda_on_cpu(order) as names:
+        test.test_outputs_and_gradients_are_the_composition_s_under_the_same_dropout(halves, layout, dtype)
+    assert {name[: name.index("_forward")] for name in names if "_forward" in name} == LAYER
+
+
+def test_a_whole_encoder_layer_under_autocast_is_within_its_budget(gpu):
+    halves = test_encoder_layer.HALVES["layer"]
+    test_encoder_layer.test_bfloat16_products_with_float32_parameters_stay_within_autocast_s_budget(halves)
+    assert {name[: name.index("_forward")] for name in gpu if "_forward" in name} == LAYER
+
+
+# ---- the optimizer's passes, apart from test_optim.py's budget
+
+
+def optimizer(order, gradient, parameter, wide=False):
+    """What all three make of the same numbers, and the kernels' names; `wide`: of the numbers in float32."""
+    t, shapes = TensorMaker(gradient), [(3,), (0,), (700, 100), (1, 65537)]
+    grads, params = ([t(*shape).to(dtype) for shape in shapes] for dtype in (gradient, parameter))
+    states = [[torch.full_like(param, value) for param in params] for value in (0.5, 0.25)]
+    if wide:
+        grads, params, *states = ([tensor.float() for tensor in tensors] for tensors in (grads, params, *states))
+    norm, factor = params[0].new_empty(()), torch.tensor(0.75, dtype=torch.promote_types(parameter, torch.float32))
+    with simt.cuda_on_cpu(order) as names:
+        torch.ops.fastft.grad_norm(norm, None, grads)
+        steps = [torch.tensor(3.0) for _ in params]
+        torch.ops.fastft.adamw(params, grads, *states, steps, factor, 1e-3, 0.9, 0.99, 1e-8, 0.01, False)
+        torch.ops.fastft.scale_grads(grads, params[0].new_full((), 0.75))
+    return [norm, *grads, *params, *states[0], *states[1]], names
+
+
+@pytest.mark.parametrize(("gradient", "parameter"), simt.SUFFIXES, ids=str)
+def test_optimizer_s_passes_compute_in_float32_and_in_any_order_the_same(gradient, parameter):
+    expected, names = optimizer(0, gradient, parameter)
+    suffix = simt.SUFFIXES[gradient, parameter]
+    assert names == [f"{op}_{suffix}" for op in ("grad_norm", "adamw", "scale_grads")]
+    for order in range(1, simt.ORDERS):
+        for result, other in zip(optimizer(order, gradient, parameter)[0], expected, strict=True):
+            assert torch.equal(result, other)
+    if gradient.itemsize == 2:
+        for result, other in zip(optimizer(0, gradient, parameter, wide=True)[0], expected, strict=True):
+            assert torch.equal(result.to(other.dtype), other)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -151,130 +275,8 @@ def test_missing_value_stays_in_its_row(gpu):
 
 def test_every_kernel_of_the_module_can_be_called_through_an_op():
     named = {f"{op}_{suffix}" for op in simt.FIELDS for suffix in simt.SUFFIXES.values()}
-    others = {name for name in dir(simt.kernels()) if name.startswith(("_", "set_order", "planted", "fragments"))}
-    assert set(dir(simt.kernels())) - others == named
-
-
-# ---- what stands in for PTX (tests/simt/mma_sm80.cuh), against the fragments that the PTX manual draws
-
-LANE = numpy.arange(32)[:, None]
-HALVES = numpy.arange(2)
-ACCUMULATOR = LANE // 4 + numpy.arange(4) // 2 * 8, LANE % 4 * 2 + numpy.arange(4) % 2  # row, column of a lane's four
-
-
-@pytest.mark.parametrize("transposed", [False, True])
-def test_ldmatrix_gives_each_lane_its_two_numbers_of_a_row(transposed):
-    rows = numpy.random.default_rng(0).integers(0, 1 << 16, (32, 8), numpy.uint16)
-    registers = numpy.zeros((32, 4), numpy.uint32)
-    simt.kernels().fragments_ldmatrix(registers, rows, transposed)
-    matrices = rows.reshape(4, 8, 8)
-    if transposed:
-        matrices = matrices.transpose(0, 2, 1)
-    assert numpy.array_equal(
-        halves(registers)[:, :, HALVES], matrices[:, LANE // 4, LANE % 4 * 2 + HALVES].swapaxes(0, 1)
-    )
-
-
-def halves(registers):
-    """(lanes, registers, 2) numbers of 16 bits, the lower half first."""
-    return registers.view(numpy.uint16).reshape(*registers.shape, 2)
-
-
-def fragments_16(a, b):
-    """Registers of A (16, 16) and B (16, 8): four, and two, of two numbers each."""
-    at, t = numpy.arange(4), (LANE % 4 * 2)[:, None]
-    of_a = a[(LANE // 4 + at % 2 * 8)[:, :, None], t + at[:, None] // 2 * 8 + HALVES]
-    of_b = b[t + at[:2, None] * 8 + HALVES, (LANE // 4)[:, None]]
-    return [numpy.ascontiguousarray(x).view(numpy.uint32)[..., 0].copy() for x in (of_a, of_b)]
-
-
-def fragments_32(a, b):
-    """Registers of A (16, 8) and B (8, 8): four, and two, of one number each."""
-    at = numpy.arange(4)
-    of_a, of_b = a[LANE // 4 + at % 2 * 8, LANE % 4 + at // 2 * 4], b[LANE % 4 + at[:2] * 4, LANE // 4]
-    return [numpy.ascontiguousarray(x).view(numpy.uint32) for x in (of_a, of_b)]
-
-
-def stored(matrix, dtype):
-    """A torch tensor's numbers as NumPy has them, bfloat16 as uint16."""
-    return simt.to_numpy(matrix.to(dtype).contiguous())
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_mma_multiplies_the_fragments_and_cuts_the_sum_off(dtype):
-    generator = torch.Generator().manual_seed(0)
-    K = 8 if dtype == torch.float32 else 16
-    a, b, c = (torch.randn(shape, generator=generator) for shape in ((16, K), (K, 8), (16, 8)))
-    if dtype == torch.float32:  # tf32 keeps ten bits of the mantissa; what lies below is not looked at
-        name, fragments = "mma_tf32", fragments_32(a.numpy(), b.numpy())
-        a, b = ((x.view(torch.int32) & ~0x1FFF).view(torch.float32) for x in (a, b))
-    else:
-        name = {torch.bfloat16: "mma_bf16", torch.float16: "mma_f16"}[dtype]
-        fragments, (a, b) = fragments_16(stored(a, dtype), stored(b, dtype)), (x.to(dtype) for x in (a, b))
-    d = numpy.ascontiguousarray(c.numpy()[ACCUMULATOR])
-    getattr(simt.kernels(), f"fragments_{name}")(d, *fragments)
-    truth = c.double()
-    for half in (slice(K // 2), slice(K // 2, K)):
-        truth += a[:, half].double() @ b[half].double()
-        truth = (truth.view(torch.int64) & -(1 << 29)).view(torch.float64)  # 24 bits are float32's
-    found = torch.empty(16, 8)
-    found[ACCUMULATOR] = torch.from_numpy(d)
-    assert torch.equal(found.double(), truth)
-
-
-def test_copies_rows_and_products_together_make_a_matrix_product():
-    a, b = (torch.arange(rows * 128).remainder(7).sub(3).view(rows, 128).bfloat16() for rows in (16, 8))
-    found = numpy.full((16, 8), numpy.nan, numpy.float32)
-    simt.kernels().fragments_product(found, simt.to_numpy(a), simt.to_numpy(b))
-    assert torch.equal(torch.from_numpy(found), a.float() @ b.float().T)
-
-
-# ---- the executor itself, on kernels with a planted bug each (tests/simt/planted.cu)
-
-
-def planted(name):
-    out = numpy.full(80, -1, numpy.float32)
-    out = out[-out.ctypes.data % 64 // 4 :][:64]  # at a multiple of 64 bytes
-    getattr(simt.kernels(), f"planted_{name}")(out)
-    return out.tolist()
-
-
-@pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("divergent_barrier", r"\(32, 0, 0\) is at a barrier that thread \(0, 0, 0\) is not at, .*planted.cu:\d+"),
-        ("exit_before_barrier", r"\(63, 0, 0\) has exited, while others wait at a barrier, .*planted.cu:\d+"),
-        ("divergent_shuffle", r"\(0, 0, 0\) waits for lanes of its warp that do not come, .*planted.cu:\d+"),
-        ("shuffle_from_exited_lane", r"\((30|62), 0, 0\) shuffles from a lane that .* has exited, .*planted.cu:\d+"),
-        ("failed_assertion", r"\(\d+, 0, 0\) fails assertion threadIdx.x < 50 .*planted.cu:\d+"),
-        ("too_many_threads", "invalid configuration argument"),
-        ("misaligned_copy", r"\(\d+, 0, 0\) gives an address that is no multiple of 16, .*planted.cu:\d+"),
-        ("misaligned_row", r"\(\d+, 0, 0\) gives an address that is no multiple of 16, .*planted.cu:\d+"),
-        ("row_not_in_shared", r"\(\d+, 0, 0\) gives an address that is not in shared memory, .*planted.cu:\d+"),
-        ("lane_missing_from_mma", r"\(0, 0, 0\) waits for lanes of its warp that do not come, .*planted.cu:\d+"),
-        ("lane_exited_before_mma", r"\(0, 0, 0\) takes all 32 lanes .* some are not there, .*planted.cu:\d+"),
-    ],
-)
-def test_wrong_kernel_is_named(name, message, seed, order):
-    order(seed)
-    with pytest.raises(RuntimeError, match=message):
-        planted(name)
-
-
-@pytest.mark.parametrize("name", ["missing_barrier", "unwritten_shared", "read_before_wait", "waits_for_older_groups"])
-def test_shared_memory_read_before_it_is_written_is_nan(name):
-    assert any(math.isnan(value) for value in planted(name))
-
-
-def test_shared_memory_overwritten_too_early_changes_the_result():
-    assert planted("missing_second_barrier") != [1] * 64
-
-
-def test_nothing_is_found_in_a_right_kernel(order):
-    for seed in range(3):
-        order(seed)
-        assert planted("none") == [63 - i for i in range(64)]
+    others = {name for name in dir(simt.kernels()) if name.startswith(("_", "planted", "fragments"))}
+    assert set(dir(simt.kernels())) - others - {"set_order", "launches"} == named
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -320,3 +322,42 @@ def test_attention_drops_what_the_rule_says(dtype, packed, gpu):
 
     error.check(evaluate, dtype == torch.float64)
     assert {name[: name.rindex("_")] for name in gpu} == {"attention_forward", "attention_backward"}
+
+
+# ---- all of them
+
+
+def test_every_kernel_ran_in_every_order(request):
+    """Last but one: what other tests ran is counted."""
+    tests = {item.originalname for item in request.session.items}
+    wanted = {name for name, value in globals().items() if name.startswith("test_") and callable(value)}
+    wanted -= {SANITIZED_TEST}
+    of_test_optim = ("steps_of_the_cuda_kernels_are", "clipping_by_the_cuda_kernels_is")
+    wanted |= {f"test_{what}_within_the_error_budget" for what in of_test_optim}
+    if missing := sorted(wanted - tests):
+        pytest.skip(f"not all tests that run kernels were asked for: {', '.join(missing)}")
+    found = simt.launches()
+    assert found.keys() == simt.declared()
+    instances = [counts for by_name in found.values() for counts in by_name.values()]
+    idle = [
+        f"{file}: {name} {counts}"
+        for (file, _), by_name in found.items()
+        for name, counts in by_name.items()
+        if not all(counts)
+    ]
+    how = "under ASan and UBSan" if SANITIZED else "watched for races"
+    total = f"{len(found)} CUDA kernels in {len(instances)} instances, run {sum(map(sum, instances))} times {how}"
+    request.config.stash.setdefault(simt.SUMMARY, []).append(total)
+    assert not idle, f"{len(idle)} instances did not run in every order of threads\n" + "\n".join(idle)
+
+
+@pytest.mark.skipif(SANITIZED, reason="already under sanitizers")
+def test_kernels_are_clean_under_sanitizers(sanitized, request):
+    process, log = sanitized
+    process.wait()
+    text = log.read_text()
+    if process.returncode:
+        pytest.fail(text[-8000:], pytrace=False)
+    request.config.stash.setdefault(simt.SUMMARY, []).extend(
+        line for line in text.splitlines() if "CUDA kernels in" in line
+    )

@@ -6,7 +6,9 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <unordered_map>
 #include <utility>
+#include <vector>
 
 #define __global__
 #define __device__
@@ -15,7 +17,11 @@
 #define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))
-#define __shared__ static thread_local  // all of it is the module's thread-local storage: the executor can poison it
+#if defined(__SANITIZE_ADDRESS__)
+#define __shared__ static  // which ASan surrounds with redzones, and executor.cpp finds by that
+#else
+#define __shared__ static thread_local  // all of it is the module's thread-local storage, where executor.cpp finds it
+#endif
 
 struct uint3 {
   unsigned x, y, z;
@@ -41,6 +47,8 @@ struct alignas(16) double2 {
 
 extern uint3 threadIdx, blockIdx, blockDim, gridDim;
 
+#define SIMT_UNWATCHED __attribute__((no_sanitize("thread")))  // what is not a kernel's code
+
 namespace simt {
 
 struct Site {  // where in the source a thread waits
@@ -58,10 +66,12 @@ struct Lanes {
 void warp_operation(unsigned mask, void* data, void (*operation)(const Lanes&), Site);
 // The same of a whole warp, none of whose lanes may have exited.
 void whole_warp_operation(void* data, void (*operation)(const Lanes&), Site);
+void sync_lanes(unsigned mask, Site);
 
 [[noreturn]] void fail(const char* what, Site);  // an error of the calling thread
 bool is_shared(const void* address);
-unsigned char* dynamic_shared();  // of the running block
+void atomic_access(const void* address, size_t bytes, const void* place);  // by the calling thread, from there
+unsigned char* dynamic_shared();                                           // of the running block
 
 // cp.async: a copy arrives in shared memory when its group is waited for, by the thread that started it.
 void copy_later(void* shared, const void* bytes16);
@@ -69,9 +79,12 @@ void commit_copies();
 void wait_for_copies(size_t groups_left);
 
 // Runs every thread of the grid. Throws std::runtime_error naming block, thread and line where a kernel is wrong.
-void run(dim3 grid, dim3 block, size_t shared, void (*body)(void*), void* context);
+void run(const void* kernel, dim3 grid, dim3 block, size_t shared, void (*body)(void*), void* context);
+// How often each kernel ran to its end so far, with each seed.
+const std::unordered_map<const void*, std::vector<int64_t>>& launches();
 
-// The threads of a block take turns in ascending order (seed 0), or in an order drawn anew for each turn.
+// Blocks, and the threads of a block, take turns in ascending order (seed 0), or in one that is drawn; threads' is drawn
+// anew for each turn.
 void set_order(uint64_t seed);
 
 template <class T>
@@ -82,7 +95,7 @@ struct Shuffle {
 };
 
 template <class T>
-T shuffle(unsigned mask, T value, int (*source)(int lane, int argument), int argument, Site site) {
+SIMT_UNWATCHED T shuffle(unsigned mask, T value, int (*source)(int lane, int argument), int argument, Site site) {
   static_assert(sizeof value == 4 || sizeof value == 8, "CUDA shuffles 4 or 8 bytes");
   Shuffle<T> mine{value, value, argument, false};
   struct Source {
@@ -91,7 +104,7 @@ T shuffle(unsigned mask, T value, int (*source)(int lane, int argument), int arg
   } given{&mine, source};
   warp_operation(
       mask, &given,
-      [](const Lanes& lanes) {
+      [](const Lanes& lanes) SIMT_UNWATCHED {
         for (int lane = 0; lane < 32; ++lane) {
           if (!lanes.data[lane]) continue;
           const Source& own = *static_cast<Source*>(lanes.data[lane]);
@@ -111,11 +124,11 @@ struct Vote {
   unsigned ballot;
 };
 
-inline unsigned ballot(unsigned mask, bool value, Site site) {
+SIMT_UNWATCHED inline unsigned ballot(unsigned mask, bool value, Site site) {
   Vote mine{value, 0};
   warp_operation(
       mask, &mine,
-      [](const Lanes& lanes) {
+      [](const Lanes& lanes) SIMT_UNWATCHED {
         unsigned ballot = 0;
         for (int lane = 0; lane < 32; ++lane)
           if (lanes.data[lane] && static_cast<Vote*>(lanes.data[lane])->value) ballot |= 1u << lane;
@@ -131,10 +144,7 @@ inline unsigned ballot(unsigned mask, bool value, Site site) {
 #define FASTFT_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
 inline void __syncthreads(FASTFT_SITE) { simt::barrier({file, line}); }
-inline void __syncwarp(unsigned mask = 0xffffffffu, FASTFT_SITE) {
-  int nothing = 0;
-  simt::warp_operation(mask, &nothing, [](const simt::Lanes&) {}, {file, line});
-}
+inline void __syncwarp(unsigned mask = 0xffffffffu, FASTFT_SITE) { simt::sync_lanes(mask, {file, line}); }
 
 template <class T>
 T __shfl_sync(unsigned mask, T value, int lane, FASTFT_SITE) {
@@ -158,6 +168,22 @@ inline unsigned __ballot_sync(unsigned mask, bool value, FASTFT_SITE) {
 inline bool __any_sync(unsigned mask, bool value, FASTFT_SITE) { return simt::ballot(mask, value, {file, line}); }
 inline bool __all_sync(unsigned mask, bool value, FASTFT_SITE) { return !simt::ballot(mask, !value, {file, line}); }
 #undef FASTFT_SITE
+
+// Atomic operations: threads take turns, so that nothing comes between.
+#define SIMT_ATOMIC(name, expression)                                           \
+  template <class T>                                                            \
+  SIMT_UNWATCHED T name(T* address, T value) {                                  \
+    simt::atomic_access(address, sizeof *address, __builtin_return_address(0)); \
+    const T old = *address;                                                     \
+    *address = expression;                                                      \
+    return old;                                                                 \
+  }
+SIMT_ATOMIC(atomicAdd, T(old + value))
+SIMT_ATOMIC(atomicMax, old > value ? old : value)
+SIMT_ATOMIC(atomicExch, value)
+#undef SIMT_ATOMIC
+inline void __threadfence() {}
+inline void __threadfence_block() {}
 
 // As on a GPU, an assertion fails the launch; the process goes on. Kernels include <cassert> before this file.
 #undef assert
@@ -214,6 +240,6 @@ cudaError_t cudaLaunchKernel(void (*kernel)(P...), dim3 grid, dim3 block, void**
   if (!fits) return cudaErrorInvalidConfiguration;
   if (shared > simt::dynamic_limit(reinterpret_cast<const void*>(kernel))) return cudaErrorInvalidValue;
   simt::Call<P...> call{kernel, args};
-  simt::run(grid, block, shared, &simt::Call<P...>::run, &call);
+  simt::run(reinterpret_cast<const void*>(kernel), grid, block, shared, &simt::Call<P...>::run, &call);
   return cudaSuccess;
 }

@@ -1,6 +1,10 @@
 // The CUDA kernels of kernels.h as a Python module: a function <kernel>_<dtypes> for each, see native/arguments.h, which
 // runs on executor.cpp; set_order(seed); and the kernels of planted.cu. A new kernel needs no line here.
+#include <dlfcn.h>
 #include <pybind11/numpy.h>
+#include <pybind11/stl.h>
+
+#include <map>
 
 #include "cuda_runtime.h"
 #include "fragments.h"
@@ -46,11 +50,22 @@ void define_raw(py::module_& module, const char* name, void (*function)(P...)) {
   module.def(name, call);
 }
 
+// Kernels' addresses in the module's file, as nm prints them, and how often each ran to its end, by order of threads.
+std::map<uintptr_t, std::vector<int64_t>> launches() {
+  Dl_info module;
+  dladdr(reinterpret_cast<void*>(&launches), &module);
+  std::map<uintptr_t, std::vector<int64_t>> counts;
+  for (const auto& [kernel, by_order] : simt::launches())
+    counts[reinterpret_cast<uintptr_t>(kernel) - reinterpret_cast<uintptr_t>(module.dli_fbase)] = by_order;
+  return counts;
+}
+
 }  // namespace
 }  // namespace fastft::test
 
 PYBIND11_MODULE(fastft_simt, module) {
   module.def("set_order", &simt::set_order);
+  module.def("launches", &fastft::test::launches);
 #define FASTFT_X(name) fastft::test::define_raw(module, "fragments_" #name, &fragments::name);
   FASTFT_X(ldmatrix)
   FASTFT_X(mma_bf16)
