@@ -6,6 +6,7 @@ import signal
 os.environ["FASTFT_TUNE"] = "0"
 
 import pytest
+import simt
 
 from fastft import _library
 
@@ -18,3 +19,8 @@ def each_isa(request):
     """The CPU's kernels with one instruction set after the other; its name."""
     with _library.use_isa(request.param):
         yield request.param
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    for line in config.stash.get(simt.SUMMARY, []):
+        terminalreporter.write_line(line)

@@ -1,35 +1,63 @@
-"""The CUDA kernels, run on the CPU by tests/simt: within the error budget, in any order of threads, without a hang."""
+"""The CUDA kernels, run on the CPU by tests/simt: within the error budget, in any order of threads, without a hang.
+
+Here they are watched for races. All of it runs once more in a process where they are under ASan and UBSan."""
 
 import math
+import os
+import subprocess
 import sys
 
-import numpy
 import pytest
 import simt
+import test_encoder_layer
 import torch
 
-from fastft.functional import linear_act
+import setup
+from fastft.functional import attention, cross_entropy, linear_act
 from fastft.testing import error
 from fastft.testing.spec import TensorMaker, all_specs
 
 SPECS = [spec for spec in all_specs() if f"{spec.kernel}_forward" in simt.FIELDS]
+QKV = ("query", "key", "value")
+SANITIZED = simt.SANITIZED in os.environ
+SANITIZED_TEST = "test_kernels_are_clean_under_sanitizers"
+LAYER = {"attention", "layer_norm", "linear_act"}  # what an encoder layer is made of
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """PyTorch's threads would take the time of the other process."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def sanitized(request, tmp_path_factory):
+    """A process that runs the same tests with sanitized kernels while these run, and its log."""
+    if not any(item.originalname == SANITIZED_TEST for item in request.session.items) or SANITIZED:
+        yield None
+        return
+    path = tmp_path_factory.mktemp("simt") / "sanitized.log"
+    command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "-k", "cuda or test_simt.py"]
+    environment = simt.sanitized_environment() | {"OMP_NUM_THREADS": "1"}
+    with path.open("w") as log:
+        tests = ["tests/test_optim.py", "tests/test_simt.py"]
+        process = subprocess.Popen([*command, *tests], env=environment, cwd=setup.ROOT, stdout=log, stderr=log)
+    yield process, path
+    process.kill()
+    process.wait()
 
 
 @pytest.fixture
 def gpu(monkeypatch):
     """Our ops run their CUDA kernels; gives the names of those that ran."""
-    module = sys.modules["fastft.functional.linear_act"]
-    monkeypatch.setattr(module, "rounds_input", lambda input, cast: False)  # as for tensors on a GPU
+    for name in ("linear_act", "encoder_layer"):  # as for tensors on a GPU
+        monkeypatch.setattr(sys.modules[f"fastft.functional.{name}"], "rounds_input", lambda input, cast: False)
     with simt.cuda_on_cpu() as names:
         yield names
-
-
-@pytest.fixture
-def order():
-    """Sets the order in which threads take turns."""
-    yield simt.kernels().set_order
-    simt.kernels().set_order(0)
 
 
 def small(spec, dtype):
@@ -47,23 +75,45 @@ def test_every_small_case_is_within_the_error_budget(spec, dtype, gpu):
     assert any({f"{spec.kernel}_{way}_{suffix}" for way in ("forward", "backward")} <= set(gpu) for suffix in suffixes)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("spec", SPECS, ids=repr)
-def test_order_of_threads_does_not_change_a_bit(spec, gpu, order):
-    for index in small(spec, torch.float32):
-        sample = spec.sample(index, torch.float32)
+def test_order_of_threads_does_not_change_a_bit(spec, dtype, gpu):
+    for index in small(spec, dtype):
+        sample = spec.sample(index, dtype)
 
-        def results(seed, sample=sample):
-            order(seed)
-            return error.run(spec.op, spec.named(sample), spec.differentiable(sample), TensorMaker(torch.float32))
+        def results(order, sample=sample):
+            with simt.cuda_on_cpu(order):
+                return error.run(spec.op, spec.named(sample), spec.differentiable(sample), TensorMaker(dtype))
 
         expected = results(0)
-        for seed in (1, 2):
-            for name, result in results(seed).items():
+        for order in range(1, simt.ORDERS):
+            for name, result in results(order).items():
                 assert torch.equal(result.nan_to_num(nan=7), expected[name].nan_to_num(nan=7)), (sample, name)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast_takes_float32_parameters_into_the_kernel(dtype, gpu):
+each_order = pytest.mark.parametrize("order", range(simt.ORDERS))
+each_half = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+
+
+@each_half
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.kernel != "linear_act"], ids=repr)
+def test_float32_parameters_are_rounded_as_half_precision_ones(spec, dtype, gpu):
+    for index in small(spec, dtype):
+        sample = spec.sample(index, dtype)
+
+        def results(order, widen, sample=sample):
+            with simt.cuda_on_cpu(order, widen):
+                return error.run(spec.op, spec.named(sample), spec.differentiable(sample), TensorMaker(dtype))
+
+        expected = results(0, False)
+        for order in range(simt.ORDERS):
+            for name, result in results(order, True).items():
+                assert torch.equal(result.nan_to_num(nan=7), expected[name].nan_to_num(nan=7)), (sample, name)
+
+
+@each_order
+@each_half
+def test_autocast_takes_float32_parameters_into_the_kernel(dtype, order, gpu):
     def stock(input, weight, bias):
         return torch.nn.functional.gelu(torch.nn.functional.linear(input, weight, bias))
 
@@ -75,29 +125,145 @@ def test_autocast_takes_float32_parameters_into_the_kernel(dtype, gpu):
             ours, theirs = (error.run(f, single, single, TensorMaker(dtype, seed=-1)) for f in (linear_act, stock))
         return ours, theirs, error.run(stock, double, double, TensorMaker(dtype, seed=-1))
 
-    error.check(evaluate)
+    with simt.cuda_on_cpu(order) as names:
+        error.check(evaluate)
     suffix = simt.SUFFIXES[dtype, torch.float32]
-    assert {f"linear_act_forward_{suffix}", f"linear_act_backward_{suffix}"} == set(gpu)
+    assert {f"linear_act_forward_{suffix}", f"linear_act_backward_{suffix}"} == set(names)
 
 
+@each_order
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_many_classes_with_soft_targets_are_within_the_error_budget(dtype, order, gpu):
+    classes = (1025, 1300)[order % 2]  # more than a warp takes
+
+    def evaluate(seed):
+        t = TensorMaker(dtype, seed=seed)
+        arguments, target = {"input": t(5, classes)}, t.indices(classes, 5)
+
+        def run(function, dtype):
+            options = {"target": target, "label_smoothing": 0.1}
+            return error.run(lambda input: function(input, **options), error.cast(arguments, dtype), ["input"], one)
+
+        def one(*shape):
+            return torch.ones(shape, dtype=dtype)
+
+        stock = torch.nn.functional.cross_entropy
+        return (
+            run(cross_entropy, dtype),
+            run(stock, torch.float32 if dtype == torch.float64 else dtype),
+            run(stock, torch.float64),
+        )
+
+    for widen in (False, True):
+        with simt.cuda_on_cpu(order, widen):
+            error.check(evaluate, double=dtype == torch.float64)
+
+
+@pytest.mark.parametrize(("order", "layout"), enumerate(["full", "padded, first", "packed"]))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_whole_encoder_layer_is_its_composition(order, layout, dtype, gpu):
+    halves, test = test_encoder_layer.HALVES["layer"], test_encoder_layer
+    with simt.cuda_on_cpu(order) as names:
+        test.test_outputs_and_gradients_are_the_composition_s_under_the_same_dropout(halves, layout, dtype)
+    assert {name[: name.index("_forward")] for name in names if "_forward" in name} == LAYER
+
+
+def test_a_whole_encoder_layer_under_autocast_is_within_its_budget(gpu):
+    halves = test_encoder_layer.HALVES["layer"]
+    test_encoder_layer.test_bfloat16_products_with_float32_parameters_stay_within_autocast_s_budget(halves)
+    assert {name[: name.index("_forward")] for name in gpu if "_forward" in name} == LAYER
+
+
+# ---- the optimizer's passes, apart from test_optim.py's budget
+
+
+def optimizer(order, gradient, parameter, wide=False):
+    """What all three make of the same numbers, and the kernels' names; `wide`: of the numbers in float32."""
+    t, shapes = TensorMaker(gradient), [(3,), (0,), (700, 100), (1, 65537)]
+    grads, params = ([t(*shape).to(dtype) for shape in shapes] for dtype in (gradient, parameter))
+    states = [[torch.full_like(param, value) for param in params] for value in (0.5, 0.25)]
+    if wide:
+        grads, params, *states = ([tensor.float() for tensor in tensors] for tensors in (grads, params, *states))
+    norm, factor = params[0].new_empty(()), torch.tensor(0.75, dtype=torch.promote_types(parameter, torch.float32))
+    with simt.cuda_on_cpu(order) as names:
+        torch.ops.fastft.grad_norm(norm, None, grads)
+        steps = [torch.tensor(3.0) for _ in params]
+        torch.ops.fastft.adamw(params, grads, *states, steps, factor, 1e-3, 0.9, 0.99, 1e-8, 0.01, False)
+        torch.ops.fastft.scale_grads(grads, params[0].new_full((), 0.75))
+    return [norm, *grads, *params, *states[0], *states[1]], names
+
+
+@pytest.mark.parametrize(("gradient", "parameter"), simt.SUFFIXES, ids=str)
+def test_optimizer_s_passes_compute_in_float32_and_in_any_order_the_same(gradient, parameter):
+    expected, names = optimizer(0, gradient, parameter)
+    suffix = simt.SUFFIXES[gradient, parameter]
+    assert names == [f"{op}_{suffix}" for op in ("grad_norm", "adamw", "scale_grads")]
+    for order in range(1, simt.ORDERS):
+        for result, other in zip(optimizer(order, gradient, parameter)[0], expected, strict=True):
+            assert torch.equal(result, other)
+    if gradient.itemsize == 2:
+        for result, other in zip(optimizer(0, gradient, parameter, wide=True)[0], expected, strict=True):
+            assert torch.equal(result.to(other.dtype), other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("wanted", ["input", "weight", "bias"])
-def test_each_gradient_alone_has_the_bits_it_has_with_the_others(wanted, gpu):
-    t = TensorMaker(torch.float32)
+def test_each_gradient_alone_has_the_bits_it_has_with_the_others(wanted, dtype, gpu):
+    t = TensorMaker(dtype)
     arguments = {"input": t(131, 130), "weight": t(137, 130), "bias": t(137)}
     alone, together = (error.run(linear_act, arguments, names, torch.ones) for names in ((wanted,), arguments))
     assert torch.equal(alone[f"grad {wanted}"], together[f"grad {wanted}"])
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (64, 64, 16), (65, 63, 17), (128, 192, 144), (3, 200, 5)])
-def test_whole_numbers_come_out_exactly(sizes, gpu):
+# One of everything; whole tiles; edges; those and rows at multiples of 16 bytes; more steps than stages; sums in parts
+WHOLE = [(1, 1, 1), (128, 128, 32), (65, 63, 17), (136, 192, 144), (3, 200, 5), (40, 8, 264), (2100, 16, 8)]
+
+
+@pytest.mark.parametrize("place", ["aligned", "one element off"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("sizes", WHOLE)
+def test_whole_numbers_come_out_exactly(sizes, dtype, place, gpu):
     M, N, K = sizes
     shapes = (M, K), (N, K), (N,), (M, N)
-    x, w, b, dy = (torch.arange(math.prod(shape)).remainder(7).sub(3).view(shape).float() for shape in shapes)
+    exact = [torch.arange(math.prod(shape)).remainder(7).sub(3).view(shape).double() for shape in shapes]
+    put = error.guard if place == "one element off" else torch.clone
+    x, w, b, dy = (put(tensor.to(dtype)) for tensor in exact)
     x, w, b = (tensor.requires_grad_() for tensor in (x, w, b))
     y = linear_act(x, w, b, "identity")
-    assert torch.equal(y, x @ w.T + b)
     y.backward(dy)
-    assert torch.equal(x.grad, dy @ w) and torch.equal(w.grad, dy.T @ x) and torch.equal(b.grad, dy.sum(0))
+    X, W, B, DY = exact
+    for found, true in ((y, X @ W.T + B), (x.grad, DY @ W), (w.grad, DY.T @ X), (b.grad, DY.sum(0))):
+        assert torch.equal(found, true.to(dtype))  # rounded once: the sums are below 2^24
+
+
+def test_the_weights_gradient_of_many_rows_is_summed_in_parts_that_fill_the_gpu():
+    module = sys.modules["fastft.functional.linear_act"]
+    assert module.splits(2100, 16, 8) > 1  # as tested above
+    assert module.splits(64, 768, 768) == 1  # of too few rows to pay
+    for N, K in ((768, 768), (768, 3072), (2304, 768), (30522, 768)):
+        parts = module.splits(4096, N, K)
+        assert parts * N * K * 4 < 16e6 or parts == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_products_may_be_pytorchs_around_our_kernel(dtype, gpu, monkeypatch):
+    module = sys.modules["fastft.functional.linear_act"]
+    monkeypatch.setattr(module, "_multiplied_by_torch", lambda *_: True)
+    spec = next(spec for spec in SPECS if spec.name == "linear_act")
+    error.check_op(spec, small(spec, dtype), dtype)
+    assert {name.rpartition("_")[0] for name in gpu} == {"linear_act_backward"}
+
+
+def test_a_gradient_that_comes_another_way_is_added_to_pytorchs_product(gpu, monkeypatch):
+    module = sys.modules["fastft.functional.linear_act"]
+    t, results = TensorMaker(torch.float32), []
+    x, w, b, dy, z, add = t(30, 20), t(24, 20), t(24), t(30, 24), t(30, 24), t(30, 20)
+    for by_torch in (False, True):
+        monkeypatch.setattr(module, "_multiplied_by_torch", lambda *_, by_torch=by_torch: by_torch)
+        y = torch.empty_like(z)
+        results.append((*module.backward(3, z, (True, True, True), dy, x, w, b, add, y), y))
+    for ours, around in zip(*results, strict=True):
+        torch.testing.assert_close(ours, around)
 
 
 def test_missing_value_stays_in_its_row(gpu):
@@ -109,50 +275,28 @@ def test_missing_value_stays_in_its_row(gpu):
 
 def test_every_kernel_of_the_module_can_be_called_through_an_op():
     named = {f"{op}_{suffix}" for op in simt.FIELDS for suffix in simt.SUFFIXES.values()}
-    others = {"set_order"} | {name for name in dir(simt.kernels()) if name.startswith(("_", "planted"))}
-    assert set(dir(simt.kernels())) - others == named
+    others = {name for name in dir(simt.kernels()) if name.startswith(("_", "planted", "fragments"))}
+    assert set(dir(simt.kernels())) - others - {"set_order", "launches"} == named
 
 
-# ---- the executor itself, on kernels with a planted bug each (tests/simt/planted.cu)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_elements_beyond_two_to_the_31_are_found(dtype, gpu):
+    """The last of three rows begins 2 GiB of elements behind the first; what lies between is never touched."""
+    apart, shape = 2**30 + 8, (1, 1, 3, 16)
+    memory = torch.empty(2 * apart + 16, dtype=dtype)
+    wide = memory.as_strided(shape, (0, 0, apart, 1))
+    wide.copy_(torch.randn(shape))
+    dense, other = wide.clone(), torch.randn(shape).to(dtype)
+    for of in ([wide, other, other], [other, wide, wide]):
+        near = [dense if tensor is wide else tensor for tensor in of]
+        results = [error.run(attention, dict(zip(QKV, three, strict=True)), QKV, torch.ones) for three in (of, near)]
+        for name, found in results[0].items():
+            assert torch.equal(found, results[1][name]), name
 
 
-def planted(name):
-    out = numpy.full(64, -1, numpy.float32)
-    getattr(simt.kernels(), f"planted_{name}")(out)
-    return out.tolist()
-
-
-@pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("divergent_barrier", r"\(32, 0, 0\) is at a barrier that thread \(0, 0, 0\) is not at, .*planted.cu:\d+"),
-        ("exit_before_barrier", r"\(63, 0, 0\) has exited, while others wait at a barrier, .*planted.cu:\d+"),
-        ("divergent_shuffle", r"\(0, 0, 0\) waits for lanes of its warp that do not come, .*planted.cu:\d+"),
-        ("shuffle_from_exited_lane", r"\((30|62), 0, 0\) shuffles from a lane that .* has exited, .*planted.cu:\d+"),
-        ("failed_assertion", r"\(\d+, 0, 0\) fails assertion threadIdx.x < 50 .*planted.cu:\d+"),
-        ("too_many_threads", "invalid configuration argument"),
-    ],
-)
-def test_wrong_kernel_is_named(name, message, seed, order):
-    order(seed)
-    with pytest.raises(RuntimeError, match=message):
-        planted(name)
-
-
-@pytest.mark.parametrize("name", ["missing_barrier", "unwritten_shared"])
-def test_shared_memory_read_before_it_is_written_is_nan(name):
-    assert any(math.isnan(value) for value in planted(name))
-
-
-def test_shared_memory_overwritten_too_early_changes_the_result():
-    assert planted("missing_second_barrier") != [1] * 64
-
-
-def test_nothing_is_found_in_a_right_kernel(order):
-    for seed in range(3):
-        order(seed)
-        assert planted("none") == [63 - i for i in range(64)]
+def test_a_grid_of_more_blocks_than_cuda_has_is_refused(gpu):
+    with pytest.raises(RuntimeError, match="blocks are more than a CUDA grid holds"):
+        simt.kernels().linear_act_forward_f32(*[None] * 5, 2**31 * 64, 64, 0, 0, None, None)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -178,3 +322,42 @@ def test_attention_drops_what_the_rule_says(dtype, packed, gpu):
 
     error.check(evaluate, dtype == torch.float64)
     assert {name[: name.rindex("_")] for name in gpu} == {"attention_forward", "attention_backward"}
+
+
+# ---- all of them
+
+
+def test_every_kernel_ran_in_every_order(request):
+    """Last but one: what other tests ran is counted."""
+    tests = {item.originalname for item in request.session.items}
+    wanted = {name for name, value in globals().items() if name.startswith("test_") and callable(value)}
+    wanted -= {SANITIZED_TEST}
+    of_test_optim = ("steps_of_the_cuda_kernels_are", "clipping_by_the_cuda_kernels_is")
+    wanted |= {f"test_{what}_within_the_error_budget" for what in of_test_optim}
+    if missing := sorted(wanted - tests):
+        pytest.skip(f"not all tests that run kernels were asked for: {', '.join(missing)}")
+    found = simt.launches()
+    assert found.keys() == simt.declared()
+    instances = [counts for by_name in found.values() for counts in by_name.values()]
+    idle = [
+        f"{file}: {name} {counts}"
+        for (file, _), by_name in found.items()
+        for name, counts in by_name.items()
+        if not all(counts)
+    ]
+    how = "under ASan and UBSan" if SANITIZED else "watched for races"
+    total = f"{len(found)} CUDA kernels in {len(instances)} instances, run {sum(map(sum, instances))} times {how}"
+    request.config.stash.setdefault(simt.SUMMARY, []).append(total)
+    assert not idle, f"{len(idle)} instances did not run in every order of threads\n" + "\n".join(idle)
+
+
+@pytest.mark.skipif(SANITIZED, reason="already under sanitizers")
+def test_kernels_are_clean_under_sanitizers(sanitized, request):
+    process, log = sanitized
+    process.wait()
+    text = log.read_text()
+    if process.returncode:
+        pytest.fail(text[-8000:], pytrace=False)
+    request.config.stash.setdefault(simt.SUMMARY, []).extend(
+        line for line in text.splitlines() if "CUDA kernels in" in line
+    )

@@ -2,7 +2,8 @@
 // Moves 3 M C sizeof(T) bytes for M rows: the forward reads the logits once, the backward reads them and writes dx.
 // A team of 1, 32 or 256 threads works on a row, each by an online softmax over 16 values (4 with soft targets) at a time. Classes that do
 // not come last are one thread's: then neighbouring threads read neighbouring rows, which is where memory is
-// contiguous. A reduction is a second launch of one block: its order follows from M.
+// contiguous. Soft targets are always a warp's: their other kernels would be a third of this file's code. A reduction is a
+// second launch of one block: its order follows from M.
 #include <cassert>
 
 #include "device.cuh"
@@ -172,18 +173,20 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(CrossEntropyBackward
 // body(kTeam as a type, kSoft as a type, grid)
 template <class T, class Args, class Body>
 void with_team(const Args& p, const Body& body) {
-  const auto with_soft = [&](auto team) {
-    const dim3 grid = grid_of(ceil_div(p.N * p.S, kThreads / team.value));
-    p.q || p.smoothing > 0 ? body(team, std::true_type(), grid) : body(team, std::false_type(), grid);
+  const auto start = [&](auto team, auto soft) {
+    body(team, soft, grid_of(ceil_div(p.N * p.S, kThreads / team.value)));
   };
-  if constexpr (std::is_same_v<T, double>)  // for gradcheck
-    with_soft(std::integral_constant<int, kWarp>());
-  else if (p.S > 1 || p.C <= kOneThread)
-    with_soft(std::integral_constant<int, 1>());
-  else if (p.C <= kOneWarp)
-    with_soft(std::integral_constant<int, kWarp>());
-  else
-    with_soft(std::integral_constant<int, kThreads>());
+  using Warp = std::integral_constant<int, kWarp>;
+  if (p.q || p.smoothing > 0) return start(Warp(), std::true_type());
+  if constexpr (std::is_same_v<T, double>) {  // for gradcheck
+    start(Warp(), std::false_type());
+  } else if (p.S > 1 || p.C <= kOneThread) {
+    start(std::integral_constant<int, 1>(), std::false_type());
+  } else if (p.C <= kOneWarp) {
+    start(Warp(), std::false_type());
+  } else {
+    start(std::integral_constant<int, kThreads>(), std::false_type());
+  }
 }
 
 }  // namespace

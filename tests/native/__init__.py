@@ -49,10 +49,16 @@ def sanitized_environment() -> dict[str, str]:
     highest = usable[-2:] if usable[-1] == "avx512_bf16" else usable[-1:]  # which is avx512 but for bf16
     folder = setup.ROOT / "build" / "sanitized"
     module = build("fastft_sanitized", folder, tuple(dict.fromkeys((usable[0], *highest))), SANITIZER)
-    command = [*setup.find_compiler(), "-print-file-name=libasan.so"]
-    runtime = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return {**preloading_sanitizer(), SANITIZED: str(module)}
+
+
+def preloading_sanitizer() -> dict[str, str]:
+    """The environment of a process that can import what is compiled with ``SANITIZER``."""
+    # ASan looks for what throws exceptions when it is loaded, and Python brings no C++.
+    commands = [[*setup.find_compiler(), f"-print-file-name={name}"] for name in ("libasan.so", "libstdc++.so.6")]
+    done = [subprocess.run(command, capture_output=True, text=True, check=True) for command in commands]
     options = "detect_leaks=0"  # Python's own
-    return {**os.environ, SANITIZED: str(module), "LD_PRELOAD": runtime, "ASAN_OPTIONS": options}
+    return {**os.environ, "LD_PRELOAD": ":".join(each.stdout.strip() for each in done), "ASAN_OPTIONS": options}
 
 
 def build(name: str, folder: Path, isas: tuple[str, ...], flags: tuple[str, ...] = ()) -> Path:

@@ -8,11 +8,16 @@ A new op takes one function for each direction in ``FIELDS``.
 
 import contextlib
 import functools
+import itertools
 import math
+import os
+import re
+import subprocess
 import sysconfig
 from pathlib import Path
 
 import native
+import numpy
 import pybind11
 import pytest
 import torch
@@ -20,8 +25,11 @@ import torch
 import setup
 from fastft import _library
 from fastft.functional import _choice
+from fastft.functional.linear_act import workspaces
 
 HERE = Path(__file__).resolve().parent
+
+SUMMARY = pytest.StashKey[list]()  # lines for the end of pytest's report
 
 SUFFIXES = {  # of a kernel's name, by the dtypes of activations and parameters: FASTFT_CUDA_DTYPES in csrc/kernels.h
     (torch.float32, torch.float32): "f32",
@@ -32,20 +40,37 @@ SUFFIXES = {  # of a kernel's name, by the dtypes of activations and parameters:
     (torch.float16, torch.float32): "f16_f32",
 }
 
+SANITIZED = "FASTFT_TEST_SIMT_SANITIZED"  # set for a process whose kernels are to be sanitized
+
 # -O1 compiles in half the time of -O3, which saves more than it costs in running.
-# Fortified, longjmp to another stack would be taken for an attack.
-OPTIONS = ("-O1", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas", "-x", "c++")
+# Kernels read and write arrays of numbers as vectors of them.
+OPTIONS = ("-O1", "-g1", "-fno-strict-aliasing", "-Wno-unknown-pragmas", "-x", "c++")
+# How kernels are compiled. race.cpp stands in for the library of -fsanitize=thread.
+WATCHED = {
+    "race": ("-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0"),
+    "asan": native.SANITIZER[2:],
+}
+
+
+HALF = (torch.bfloat16, torch.float16)
 
 
 # ---- what csrc/binding does: arguments of an op -> tensors of dtypes T and W, fields of the kernel's argument struct
 
 
-def linear_act_forward(y, z, x, w, b, activation):
-    return (x, w), (y, z, x, w, b, len(x), *w.shape, activation, None)
+def linear_act_forward(y, z, x, w, b, activation, low=None):
+    if x.dtype in HALF:  # Python makes this for CUDA tensors only, and so for the backward
+        low = w.to(x.dtype)
+    return (x, w), (y, z, x, w, b, len(x), *w.shape, activation, None, low)
 
 
-def linear_act_backward(dx, dw, db, dy, z, x, w, activation, add=None, y=None):
-    return (x, w), (dx, dw, db, dy, z, x, w, len(x), *w.shape, activation, add, y, None, None, None)
+def linear_act_backward(dx, dw, db, dy, z, x, w, activation, add=None, y=None, low=None, dz=None, partial=None):
+    if dy.dtype in HALF and any(t is not None for t in (dx, dw, db)):
+        _, dz, partial = workspaces([t is not None for t in (dx, dw, db)], dy, z, w)
+        low = w.to(dy.dtype)
+    tensors, sizes = (dx, dw, db, dy, z, x, w), (len(x), *w.shape, activation)
+    parts = 1 if partial is None else len(partial)
+    return (x, w), (*tensors, *sizes, add, y, None, None, None, low, dz, partial, parts)
 
 
 def cross_entropy_forward(loss, stats, divisor, row_loss, x, target, w, *options):
@@ -192,23 +217,70 @@ FIELDS = {
 
 # ---- the ops' kernels replaced
 
+ORDERS = 3  # of the threads of a block
+
 
 @contextlib.contextmanager
-def cuda_on_cpu():
-    """Within it our ops run their CUDA kernels on CPU tensors, float16 included; gives the names of those that ran."""
+def cuda_on_cpu(order: int | None = None, widen: bool = False):
+    """Within it our ops run their CUDA kernels on CPU tensors, float16 included; gives the names of those that ran.
+
+    Args:
+        order: in which threads take turns, see set_order in cuda_runtime.h; by default another one for each forward.
+        widen: gives half-precision parameters to the kernels as float32, and rounds what comes back.
+    """
     with pytest.MonkeyPatch.context() as patch, _choice.use_backend("fastft"):
         names: list[str] = []
         for op in FIELDS:
-            patch.setattr(torch.ops.fastft, op, functools.partial(run, names, op), raising=False)
+            patch.setattr(torch.ops.fastft, op, functools.partial(run, names, order, widen, op), raising=False)
         patch.setattr(_library, "why_not", lambda: None)
         patch.setitem(_choice._DTYPES, "cpu", _choice._DTYPES["cuda"])
         yield names
 
 
-def run(names, op, *args):
+turns = itertools.count()
+turn = 0
+
+
+def run(names, order, widen, op, *args):
+    global turn
+    if not op.endswith("_backward"):
+        turn = next(turns)
     (activations, parameters), fields = FIELDS[op](*args)
-    names.append(f"{op}_{SUFFIXES[activations.dtype, parameters.dtype]}")
-    getattr(kernels(), names[-1])(*(to_numpy(f) if isinstance(f, torch.Tensor) else f for f in fields))
+    widen = widen and parameters.itemsize == 2
+    names.append(f"{op}_{SUFFIXES[activations.dtype, torch.float32 if widen else parameters.dtype]}")
+    fields = [to_numpy(field) if isinstance(field, torch.Tensor) else field for field in fields]
+    copies = [placed(f, move=turn % 2) if isinstance(f, numpy.ndarray) else f for f in fields]
+    befores = [bits(copy).copy() if isinstance(copy, numpy.ndarray) else None for copy in copies]
+    kernels().set_order(turn % ORDERS if order is None else order)
+    call = widened if widen else lambda kernel, copies: kernel(*copies)
+    call(getattr(kernels(), names[-1]), copies)
+    for field, copy, before in zip(fields, copies, befores, strict=True):
+        if before is not None:  # what else lies in the span of a strided tensor is another one's
+            numpy.copyto(bits(field), bits(copy), where=bits(copy) != before)
+
+
+def widened(kernel, copies):
+    """Calls the kernel with float32 in place of half precision where it asks for that."""
+    wide = list(copies)
+    while True:
+        try:
+            kernel(*wide)
+            break
+        except TypeError as refused:  # by native/arguments.h, before anything runs
+            found = re.match(r"argument (\d+) is an array of (float16|uint16)", str(refused))
+            if not found:
+                raise
+            at = int(found[1])
+            wide[at] = from_numpy(copies[at]).float().numpy()
+    for copy, other in zip(copies, wide, strict=True):
+        if other is not copy:
+            numpy.copyto(copy, to_numpy(torch.from_numpy(other).to(from_numpy(copy).dtype)))
+
+
+def from_numpy(array):
+    """The inverse of to_numpy."""
+    tensor = torch.from_numpy(array)
+    return tensor.view(torch.bfloat16) if tensor.dtype == torch.uint16 else tensor
 
 
 def to_numpy(tensor: torch.Tensor):
@@ -216,20 +288,88 @@ def to_numpy(tensor: torch.Tensor):
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).detach().numpy()
 
 
+def bits(array):
+    return array.view(f"u{array.itemsize}")
+
+
+def placed(array, move):
+    """A copy of what a kernel is given, like it at a multiple of 16 bytes or off it, or the other way round if `move`;
+    sanitized, in a heap block of its own, else with NaN around it."""
+    aligned = (array.ctypes.data % 16 == 0) != bool(move)
+    if SANITIZED in os.environ:
+        return array.copy() if aligned else native.exactly(array)
+    line = 64 // array.itemsize
+    buffer = numpy.frombuffer(b"\xff" * (array.nbytes + 4 * 64), array.dtype).copy()
+    start = line - buffer.ctypes.data % 64 // array.itemsize + (line if aligned else line + 1)
+    copy = buffer[start : start + array.size].reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
 # ---- the module
 
 
 @functools.cache
 def kernels():
-    """The module, built incrementally. Raises: BuildError of setup.py: the compiler's messages are above it."""
+    """The module of this process: its kernels are watched for races, or sanitized."""
+    return native.imported(build("asan" if SANITIZED in os.environ else "race"))
+
+
+def sanitized_environment() -> dict[str, str]:
+    """Of a process whose kernels are sanitized."""
+    build("asan")
+    return {**native.preloading_sanitizer(), SANITIZED: "1"}
+
+
+def build(watched: str) -> Path:
+    """The module's file, up to date, with kernels as ``WATCHED`` says.
+
+    Raises: BuildError: the compiler's messages are above it.
+    """
     folder = setup.ROOT / "build" / "simt"
     # HERE comes first: its cuda_runtime.h stands in for CUDA's.
     includes = [f"-I{path}" for path in (HERE, HERE.parent, pybind11.get_include(), sysconfig.get_paths()["include"])]
     flags = (*includes, *setup.INCLUDES, "-DFASTFT_NAMESPACE=fastft::cuda", *OPTIONS)
-    sources = [path for path in (*setup.CSRC.glob("cuda/*"), *HERE.iterdir()) if path.suffix in (".cpp", ".cu")]
-    objects = [setup.Edge("cxx", folder / f"{path.stem}.o", (path,), flags) for path in setup.largest_first(sources)]
-    # Python's symbols are left to the process that loads it.
-    library = setup.link(folder / "fastft_simt.so", objects, ("-Wl,-z,undefs", "-pthread"))
-    setup.write_ninja(folder / "build.ninja", [*objects, library], setup.Config(setup.find_compiler(), isas=()))
-    setup.run_ninja(folder / "build.ninja")
-    return native.imported(library.output)
+    own = {".cpp": (folder, flags), ".cu": (folder / watched, (*flags, *WATCHED[watched]))}
+    sources = setup.largest_first(p for p in (*setup.CSRC.glob("cuda/*"), *HERE.iterdir()) if p.suffix in own)
+    objects = [setup.Edge("cxx", own[p.suffix][0] / f"{p.stem}.o", (p,), own[p.suffix][1]) for p in sources]
+    # The symbols of Python and of the sanitizers are those of the process.
+    libraries = ("-Wl,-z,undefs", "-pthread", *(WATCHED["asan"] if watched == "asan" else ()))
+    module = setup.link(folder / watched / "fastft_simt.so", objects, libraries)
+    setup.write_ninja(folder / f"{watched}.ninja", [*objects, module], setup.Config(setup.find_compiler(), isas=()))
+    setup.run_ninja(folder / f"{watched}.ninja")
+    return module.output
+
+
+# ---- what was run
+
+
+def declared() -> set[tuple[str, str]]:
+    """(file, name) of each __global__ function in csrc/cuda."""
+    found = set()
+    for path in sorted(setup.CSRC.glob("cuda/*.cu*")):
+        text = path.read_text()
+        bounds = r"(?:__launch_bounds__\((?:[^()]|\([^()]*\))*\)\s*)?"
+        names = re.findall(rf"__global__\s+void\s+{bounds}(\w+)\(", text)
+        assert len(names) == len(re.findall("__global__", text)), f"{path}: a kernel whose name was not found"
+        found |= {(path.name, name) for name in names}
+    return found
+
+
+def launches() -> dict[tuple[str, str], dict[str, list[int]]]:
+    """(file, name) of a kernel -> its instances, with the number of launches in each order of threads so far."""
+    module = Path(kernels().__file__)
+    nm = ["nm", "-C", "--defined-only", module]
+    listing = subprocess.run(nm, capture_output=True, text=True, check=True).stdout.splitlines()
+    symbols = {int(line.split()[0], 16): line.split(maxsplit=2)[2] for line in listing if line.split()[1] in "tTwW"}
+    names = {name for _, name in declared()}
+    kernel = re.compile(r"::(\w+)(?:<.*>)?\(")
+    found = {at: match[1] for at, text in symbols.items() if (match := kernel.search(text)) and match[1] in names}
+    addr2line = ["addr2line", "-e", module, *map(hex, found)]
+    places = subprocess.run(addr2line, capture_output=True, text=True, check=True).stdout.splitlines()
+    counts: dict[tuple[str, str], dict[str, list[int]]] = {}
+    for (at, name), place in zip(found.items(), places, strict=True):
+        file = Path(place.partition(":")[0]).name
+        if (file, name) in declared() and "[clone" not in symbols[at]:
+            counts.setdefault((file, name), {})[symbols[at]] = kernels().launches().get(at, [0] * ORDERS)
+    return counts

@@ -6,7 +6,9 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <unordered_map>
 #include <utility>
+#include <vector>
 
 #define __global__
 #define __device__
@@ -14,7 +16,12 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
-#define __shared__ static thread_local  // all of it is the module's thread-local storage: the executor can poison it
+#define __align__(n) __attribute__((aligned(n)))
+#if defined(__SANITIZE_ADDRESS__)
+#define __shared__ static  // which ASan surrounds with redzones, and executor.cpp finds by that
+#else
+#define __shared__ static thread_local  // all of it is the module's thread-local storage, where executor.cpp finds it
+#endif
 
 struct uint3 {
   unsigned x, y, z;
@@ -24,8 +31,23 @@ struct dim3 {
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
-extern __thread uint3 threadIdx, blockIdx;  // __thread: thread_local would ask for an initialiser at each access
-extern __thread uint3 blockDim, gridDim;
+// Vectors are read and written whole, at multiples of their size.
+#define SIMT_VECTORS(T, name)                                \
+  struct alignas(8) name##2 { T x, y; };                     \
+  struct alignas(16) name##4 { T x, y, z, w; };              \
+  inline name##2 make_##name##2(T x, T y) { return {x, y}; } \
+  inline name##4 make_##name##4(T x, T y, T z, T w) { return {x, y, z, w}; }
+SIMT_VECTORS(float, float)
+SIMT_VECTORS(int, int)
+SIMT_VECTORS(unsigned, uint)
+#undef SIMT_VECTORS
+struct alignas(16) double2 {
+  double x, y;
+};
+
+extern uint3 threadIdx, blockIdx, blockDim, gridDim;
+
+#define SIMT_UNWATCHED __attribute__((no_sanitize("thread")))  // what is not a kernel's code
 
 namespace simt {
 
@@ -34,33 +56,87 @@ struct Site {  // where in the source a thread waits
   int line;
 };
 
-struct Lanes {
-  uint64_t values[32];
-  unsigned present;  // the lanes that took part: those of the mask that have not exited
-  int own;           // the calling thread's
-};
-
 void barrier(Site);
-Lanes exchange(unsigned mask, uint64_t value, Site);  // a value from each lane of the mask, to each of them
-[[noreturn]] void fail(const char* what, Site);       // an error of the calling thread
+
+// What the lanes of a warp brought to an operation; null: a lane that is not in the mask or has exited.
+struct Lanes {
+  void* data[32];
+};
+// Waits for the lanes of the mask that have not exited; then `operation` is called once, with the data of each.
+void warp_operation(unsigned mask, void* data, void (*operation)(const Lanes&), Site);
+// The same of a whole warp, none of whose lanes may have exited.
+void whole_warp_operation(void* data, void (*operation)(const Lanes&), Site);
+void sync_lanes(unsigned mask, Site);
+
+[[noreturn]] void fail(const char* what, Site);  // an error of the calling thread
+bool is_shared(const void* address);
+void atomic_access(const void* address, size_t bytes, const void* place);  // by the calling thread, from there
+unsigned char* dynamic_shared();                                           // of the running block
+
+// cp.async: a copy arrives in shared memory when its group is waited for, by the thread that started it.
+void copy_later(void* shared, const void* bytes16);
+void commit_copies();
+void wait_for_copies(size_t groups_left);
 
 // Runs every thread of the grid. Throws std::runtime_error naming block, thread and line where a kernel is wrong.
-void run(dim3 grid, dim3 block, void (*body)(void*), void* context);
+void run(const void* kernel, dim3 grid, dim3 block, size_t shared, void (*body)(void*), void* context);
+// How often each kernel ran to its end so far, with each seed.
+const std::unordered_map<const void*, std::vector<int64_t>>& launches();
 
-// The threads of a block take turns in ascending order (seed 0), or in an order drawn anew for each turn.
+// Blocks, and the threads of a block, take turns in ascending order (seed 0), or in one that is drawn; threads' is drawn
+// anew for each turn.
 void set_order(uint64_t seed);
 
 template <class T>
-T shuffle(unsigned mask, T value, Site site, int (*source)(int lane, int argument), int argument) {
+struct Shuffle {
+  T value, result;
+  int source;    // lane
+  bool missing;  // that lane is not there
+};
+
+template <class T>
+SIMT_UNWATCHED T shuffle(unsigned mask, T value, int (*source)(int lane, int argument), int argument, Site site) {
   static_assert(sizeof value == 4 || sizeof value == 8, "CUDA shuffles 4 or 8 bytes");
-  uint64_t bits = 0;
-  std::memcpy(&bits, &value, sizeof value);
-  const Lanes lanes = exchange(mask, bits, site);
-  const int from = source(lanes.own, argument);
-  if (from < 0 || from >= 32) return value;
-  if (!(lanes.present >> from & 1)) fail("shuffles from a lane that is not in the mask or has exited", site);
-  std::memcpy(&value, &lanes.values[from], sizeof value);
-  return value;
+  Shuffle<T> mine{value, value, argument, false};
+  struct Source {
+    Shuffle<T>* shuffle;
+    int (*source)(int lane, int argument);
+  } given{&mine, source};
+  warp_operation(
+      mask, &given,
+      [](const Lanes& lanes) SIMT_UNWATCHED {
+        for (int lane = 0; lane < 32; ++lane) {
+          if (!lanes.data[lane]) continue;
+          const Source& own = *static_cast<Source*>(lanes.data[lane]);
+          const int from = own.source(lane, own.shuffle->source);
+          if (from < 0 || from >= 32) continue;  // keeps its own value
+          own.shuffle->missing = !lanes.data[from];
+          if (lanes.data[from]) own.shuffle->result = static_cast<Source*>(lanes.data[from])->shuffle->value;
+        }
+      },
+      site);
+  if (mine.missing) fail("shuffles from a lane that is not in the mask or has exited", site);
+  return mine.result;
+}
+
+struct Vote {
+  bool value;
+  unsigned ballot;
+};
+
+SIMT_UNWATCHED inline unsigned ballot(unsigned mask, bool value, Site site) {
+  Vote mine{value, 0};
+  warp_operation(
+      mask, &mine,
+      [](const Lanes& lanes) SIMT_UNWATCHED {
+        unsigned ballot = 0;
+        for (int lane = 0; lane < 32; ++lane)
+          if (lanes.data[lane] && static_cast<Vote*>(lanes.data[lane])->value) ballot |= 1u << lane;
+        for (void* vote : lanes.data)
+          if (vote) static_cast<Vote*>(vote)->ballot = ballot;
+      },
+      site);
+  return mine.ballot;
 }
 
 }  // namespace simt
@@ -68,25 +144,46 @@ T shuffle(unsigned mask, T value, Site site, int (*source)(int lane, int argumen
 #define FASTFT_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
 inline void __syncthreads(FASTFT_SITE) { simt::barrier({file, line}); }
-inline void __syncwarp(unsigned mask = 0xffffffffu, FASTFT_SITE) { simt::exchange(mask, 0, {file, line}); }
+inline void __syncwarp(unsigned mask = 0xffffffffu, FASTFT_SITE) { simt::sync_lanes(mask, {file, line}); }
 
 template <class T>
 T __shfl_sync(unsigned mask, T value, int lane, FASTFT_SITE) {
-  return simt::shuffle(mask, value, {file, line}, [](int, int lane) { return lane & 31; }, lane);
+  return simt::shuffle(mask, value, [](int, int lane) { return lane & 31; }, lane, {file, line});
 }
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int bits, FASTFT_SITE) {
-  return simt::shuffle(mask, value, {file, line}, [](int own, int bits) { return own ^ bits; }, bits);
+  return simt::shuffle(mask, value, [](int own, int bits) { return own ^ bits; }, bits, {file, line});
 }
 template <class T>
 T __shfl_up_sync(unsigned mask, T value, int delta, FASTFT_SITE) {
-  return simt::shuffle(mask, value, {file, line}, [](int own, int delta) { return own - delta; }, delta);
+  return simt::shuffle(mask, value, [](int own, int delta) { return own - delta; }, delta, {file, line});
 }
 template <class T>
 T __shfl_down_sync(unsigned mask, T value, int delta, FASTFT_SITE) {
-  return simt::shuffle(mask, value, {file, line}, [](int own, int delta) { return own + delta; }, delta);
+  return simt::shuffle(mask, value, [](int own, int delta) { return own + delta; }, delta, {file, line});
 }
+inline unsigned __ballot_sync(unsigned mask, bool value, FASTFT_SITE) {
+  return simt::ballot(mask, value, {file, line});
+}
+inline bool __any_sync(unsigned mask, bool value, FASTFT_SITE) { return simt::ballot(mask, value, {file, line}); }
+inline bool __all_sync(unsigned mask, bool value, FASTFT_SITE) { return !simt::ballot(mask, !value, {file, line}); }
 #undef FASTFT_SITE
+
+// Atomic operations: threads take turns, so that nothing comes between.
+#define SIMT_ATOMIC(name, expression)                                           \
+  template <class T>                                                            \
+  SIMT_UNWATCHED T name(T* address, T value) {                                  \
+    simt::atomic_access(address, sizeof *address, __builtin_return_address(0)); \
+    const T old = *address;                                                     \
+    *address = expression;                                                      \
+    return old;                                                                 \
+  }
+SIMT_ATOMIC(atomicAdd, T(old + value))
+SIMT_ATOMIC(atomicMax, old > value ? old : value)
+SIMT_ATOMIC(atomicExch, value)
+#undef SIMT_ATOMIC
+inline void __threadfence() {}
+inline void __threadfence_block() {}
 
 // As on a GPU, an assertion fails the launch; the process goes on. Kernels include <cassert> before this file.
 #undef assert
@@ -94,10 +191,13 @@ T __shfl_down_sync(unsigned mask, T value, int delta, FASTFT_SITE) {
 
 // ---- the part of the runtime that launch() in device.cuh calls
 using cudaStream_t = struct CUstream_st*;
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9 };
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 
 inline const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaSuccess ? "no error" : "invalid configuration argument";
+  return error == cudaSuccess             ? "no error"
+         : error == cudaErrorInvalidValue ? "invalid argument"
+                                          : "invalid configuration argument";
 }
 
 inline cudaError_t cudaFuncGetName(const char** name, const void*) {
@@ -106,6 +206,9 @@ inline cudaError_t cudaFuncGetName(const char** name, const void*) {
 }
 
 namespace simt {
+
+constexpr size_t kMostShared = 163 << 10;   // bytes a block may have on compute capability 8.0
+size_t& dynamic_limit(const void* kernel);  // 48 KB unless raised by cudaFuncSetAttribute
 
 template <class... P>
 struct Call {
@@ -120,12 +223,23 @@ struct Call {
 
 }  // namespace simt
 
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
+  if (bytes < 0 || size_t(bytes) > simt::kMostShared) return cudaErrorInvalidValue;
+  simt::dynamic_limit(kernel) = size_t(bytes);
+  return cudaSuccess;
+}
+template <class... P>
+cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute attribute, int value) {
+  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), attribute, value);
+}
+
 template <class... P>
 cudaError_t cudaLaunchKernel(void (*kernel)(P...), dim3 grid, dim3 block, void** args, size_t shared, cudaStream_t) {
   const bool fits = grid.x && grid.y && grid.z && grid.x < 1u << 31 && grid.y < 1u << 16 && grid.z < 1u << 16 &&
                     block.x && block.y && block.z && block.z <= 64 && size_t(block.x) * block.y * block.z <= 1024;
-  if (!fits || shared) return cudaErrorInvalidConfiguration;
+  if (!fits) return cudaErrorInvalidConfiguration;
+  if (shared > simt::dynamic_limit(reinterpret_cast<const void*>(kernel))) return cudaErrorInvalidValue;
   simt::Call<P...> call{kernel, args};
-  simt::run(grid, block, &simt::Call<P...>::run, &call);
+  simt::run(reinterpret_cast<const void*>(kernel), grid, block, shared, &simt::Call<P...>::run, &call);
   return cudaSuccess;
 }
