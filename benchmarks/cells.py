@@ -1,6 +1,7 @@
 """What the benchmarks of whole models have in common: models, batches, training steps."""
 
 import argparse
+import contextlib
 import random
 import sys
 from collections.abc import Callable, Sequence
@@ -14,6 +15,12 @@ from fastft.testing.timing import BeatsPeak, Peaks
 
 MODELS = {  # sizes of BertConfig
     "bert-base": {},
+    "bert-large": {
+        "num_hidden_layers": 24,
+        "hidden_size": 1024,
+        "num_attention_heads": 16,
+        "intermediate_size": 4096,
+    },
     "minilm": {"num_hidden_layers": 6, "hidden_size": 384, "intermediate_size": 1536},
     "tiny": {"num_hidden_layers": 1, "hidden_size": 96, "intermediate_size": 192, "vocab_size": 2000},  # no benchmark
 }
@@ -146,7 +153,9 @@ class Training:
     """A model in training, and one step of it: forward, backward, clipping to norm 1 and AdamW, with dropout 0.1.
 
     ``optimize``: options of fastft.optimize; None leaves the model stock. Stock's AdamW is the fused one; with
-    ``our_optimizer`` clipping and update are fastft.optim's.
+    ``our_optimizer`` clipping and update are fastft.optim's. ``compiled`` is torch.compile's mode, or True for its
+    default. ``converted``: parameters in the cell's dtype and no autocast. ``graphed``: :meth:`step` replays a CUDA
+    graph of the whole step.
     """
 
     def __init__(
@@ -155,16 +164,21 @@ class Training:
         optimize: dict | None = None,
         *,
         our_optimizer: bool = False,
-        compiled: bool = False,
+        compiled: bool | str = False,
+        converted: bool = False,
+        graphed: bool = False,
         device: str = "cpu",
     ) -> None:
-        self.cell, self.device = cell, device
+        self.cell, self.device, self._casts = cell, device, not converted
         self.model = cell.classifier().to(device).train()
+        if converted:
+            self.model.to(getattr(torch, cell.dtype))
         if optimize is not None:
             import fastft
 
             fastft.optimize(self.model, **optimize)
-        self._run: Callable = torch.compile(self.model) if compiled else self.model
+        mode = compiled if isinstance(compiled, str) else None
+        self._run: Callable = torch.compile(self.model, mode=mode) if compiled else self.model
         self.parameters = list(self.model.parameters())
         self.batch = cell.tensors(device)
         self._clips = not our_optimizer
@@ -173,11 +187,12 @@ class Training:
 
             self.optimizer = AdamW(self.parameters, lr=2e-5, max_grad_norm=1.0)
         else:
-            self.optimizer = torch.optim.AdamW(self.parameters, lr=2e-5, fused=True)
+            self.optimizer = torch.optim.AdamW(self.parameters, lr=2e-5, fused=True, capturable=graphed)
+        self._graph = self._captured() if graphed else None
 
     def forward(self) -> torch.Tensor:
         """The loss."""
-        with self.cell.autocast(self.device):
+        with self.cell.autocast(self.device) if self._casts else contextlib.nullcontext():
             return self._run(**self.batch).loss
 
     def update(self) -> None:
@@ -187,6 +202,25 @@ class Training:
         self.optimizer.step()
 
     def step(self) -> None:
+        if self._graph is not None:
+            return self._graph.replay()
         self.forward().backward()
         self.update()
         self.optimizer.zero_grad()
+
+    def _captured(self) -> torch.cuda.CUDAGraph:
+        """A whole step. Seeds of dropout are drawn by PyTorch's generator, which a replay moves on, as it does the
+        optimizer's count of steps, which is on the GPU; ``loss`` is the last replay's."""
+        self._graph = None
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # what a first step prepares cannot be captured
+                self.step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.loss = self.forward()
+            self.loss.backward()
+            self.update()
+        return graph

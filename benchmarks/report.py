@@ -75,7 +75,8 @@ def write(folder: Path, benchmark: str) -> None:
     """The table and the plot of one result file in a folder of results."""
     results = json.loads((folder / f"{benchmark}.json").read_text())
     (folder / f"{benchmark}.md").write_text(render(results))
-    plot(results, folder / f"{benchmark}.png")
+    if benchmark not in NO_PLOT:
+        plot(results, folder / f"{benchmark}.png")
 
 
 # ---- tables
@@ -208,6 +209,17 @@ def _inference_cells(row: Row) -> dict[str, str]:
     }
 
 
+def _peers_cells(row: Row) -> dict[str, str]:
+    return {
+        "op": row["op"],
+        "shape": row["sample"],
+        "dtype": row["dtype"],
+        "runs": row["provider"],
+        "forward+backward ms": _time(row["time"]),
+        "x torch": _ratio(row["ratio"]),
+    }
+
+
 def _finetune_rows(rows: Sequence[Row]) -> list[dict[str, str]]:
     """With ratios to what runs of the same job have in common with each."""
     seconds = {_finetune_key(row): row["seconds"] for row in rows}
@@ -256,7 +268,10 @@ TABLES = {
     "memory": _each(_memory_cells),
     "inference": _each(_inference_cells),
     "finetune": _finetune_rows,
+    "peers": _each(_peers_cells),
+    "gpu": _each(dict),
 }
+NO_PLOT = ("gpu",)
 
 
 def _time(spread: Row) -> str:
@@ -411,6 +426,7 @@ LABELS = {
     "ops": lambda row: f"{row['op']} {row['sample']}, {row['path']}, {row['dtype']}, {row['kernel']}",
     "step": _cell_label,
     "inference": _cell_label,
+    "peers": lambda row: f"{row['op']} {row['sample']}, {row['dtype']}, {row['provider']}",
 }
 
 

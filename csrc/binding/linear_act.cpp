@@ -12,7 +12,8 @@ bool takes_float(const Tensor& input) {
 
 template <class T, class W>
 LinearActForward<T, W> forward_args(const Tensor& output, const std::optional<Tensor>& preact, const Tensor& input,
-                                    const Tensor& weight, const std::optional<Tensor>& bias, int64_t activation) {
+                                    const Tensor& weight, const std::optional<Tensor>& bias, int64_t activation,
+                                    const std::optional<Tensor>& low_weight) {
   const int64_t N = weight.size(0), K = weight.size(1), M = input.size(0);
   const bool x32 = takes_float<T, W>(input);
   return {fresh<T>(output, "output", {M, N}),
@@ -24,7 +25,8 @@ LinearActForward<T, W> forward_args(const Tensor& output, const std::optional<Te
           N,
           K,
           int(activation),
-          x32 ? pointer<const float>(input, "input", {M, K}) : nullptr};
+          x32 ? pointer<const float>(input, "input", {M, K}) : nullptr,
+          pointer<const T>(low_weight, "low_weight", {N, K})};
 }
 
 template <class T, class W>
@@ -32,10 +34,12 @@ LinearActBackward<T, W> backward_args(const std::optional<Tensor>& grad_input, c
                                       const std::optional<Tensor>& grad_bias, const Tensor& grad_output,
                                       const std::optional<Tensor>& preact, const Tensor& input, const Tensor& weight,
                                       int64_t activation, const std::optional<Tensor>& add,
-                                      const std::optional<Tensor>& output) {
+                                      const std::optional<Tensor>& output, const std::optional<Tensor>& low_weight,
+                                      const std::optional<Tensor>& grad_preact, const std::optional<Tensor>& partial) {
   const int64_t N = weight.size(0), K = weight.size(1), M = input.size(0);
   if (activation != 0 && !preact) refuse("preact", "is missing");
   const bool x32 = takes_float<T, W>(input);
+  const int64_t splits = partial ? partial->size(0) : 1;
   return {x32 ? nullptr : fresh<T>(grad_input, "grad_input", {M, K}),
           fresh<W>(grad_weight, "grad_weight", {N, K}),
           pointer<W>(grad_bias, "grad_bias", {N}),
@@ -51,51 +55,70 @@ LinearActBackward<T, W> backward_args(const std::optional<Tensor>& grad_input, c
           fresh<T>(output, "output", {M, N}),
           x32 ? pointer<const float>(input, "input", {M, K}) : nullptr,
           x32 ? fresh<float>(grad_input, "grad_input", {M, K}) : nullptr,
-          x32 ? pointer<const float>(add, "add", {M, K}) : nullptr};
+          x32 ? pointer<const float>(add, "add", {M, K}) : nullptr,
+          pointer<const T>(low_weight, "low_weight", {N, K}),
+          pointer<T>(grad_preact, "grad_preact", {M, N}),
+          pointer<float>(partial, "partial", {splits, N * K + N}),
+          splits};
 }
 
+#ifdef FASTFT_WITH_CUDA
+// What only tensor cores ask for.
+template <class T, class W>
+void need_low_weight(const std::optional<Tensor>& low_weight) {
+  if (!std::is_same_v<T, W> && !low_weight) refuse("low_weight", "is missing");
+}
+#endif
+
 void forward_cpu(Tensor output, std::optional<Tensor> preact, Tensor input, Tensor weight, std::optional<Tensor> bias,
-                 int64_t activation) {
+                 int64_t activation, std::optional<Tensor> low_weight) {
   with_dtypes<false>(output.scalar_type(), weight.scalar_type(), [&](auto types) {
     using Y = decltype(types);
     HostLease host;
     cpu::kernels().linear_act_forward(
-        forward_args<typename Y::T, typename Y::W>(output, preact, input, weight, bias, activation), host);
+        forward_args<typename Y::T, typename Y::W>(output, preact, input, weight, bias, activation, low_weight), host);
   });
 }
 
 void backward_cpu(std::optional<Tensor> grad_input, std::optional<Tensor> grad_weight, std::optional<Tensor> grad_bias,
                   Tensor grad_output, std::optional<Tensor> preact, Tensor input, Tensor weight, int64_t activation,
-                  std::optional<Tensor> add, std::optional<Tensor> output) {
+                  std::optional<Tensor> add, std::optional<Tensor> output, std::optional<Tensor> low_weight,
+                  std::optional<Tensor> grad_preact, std::optional<Tensor> partial) {
   with_dtypes<false>(grad_output.scalar_type(), weight.scalar_type(), [&](auto types) {
     using Y = decltype(types);
     HostLease host;
     cpu::kernels().linear_act_backward(
         backward_args<typename Y::T, typename Y::W>(grad_input, grad_weight, grad_bias, grad_output, preact, input,
-                                                    weight, activation, add, output),
+                                                    weight, activation, add, output, low_weight, grad_preact, partial),
         host);
   });
 }
 
 #ifdef FASTFT_WITH_CUDA
 void forward_cuda(Tensor output, std::optional<Tensor> preact, Tensor input, Tensor weight, std::optional<Tensor> bias,
-                  int64_t activation) {
+                  int64_t activation, std::optional<Tensor> low_weight) {
   with_dtypes<true>(input.scalar_type(), weight.scalar_type(), [&](auto types) {
     using Y = decltype(types);
+    need_low_weight<typename Y::T, typename Y::W>(low_weight);
     cuda::linear_act_forward(
-        forward_args<typename Y::T, typename Y::W>(output, preact, input, weight, bias, activation),
+        forward_args<typename Y::T, typename Y::W>(output, preact, input, weight, bias, activation, low_weight),
         StreamLease(input));
   });
 }
 
 void backward_cuda(std::optional<Tensor> grad_input, std::optional<Tensor> grad_weight, std::optional<Tensor> grad_bias,
                    Tensor grad_output, std::optional<Tensor> preact, Tensor input, Tensor weight, int64_t activation,
-                   std::optional<Tensor> add, std::optional<Tensor> output) {
+                   std::optional<Tensor> add, std::optional<Tensor> output, std::optional<Tensor> low_weight,
+                   std::optional<Tensor> grad_preact, std::optional<Tensor> partial) {
   with_dtypes<true>(input.scalar_type(), weight.scalar_type(), [&](auto types) {
     using Y = decltype(types);
+    constexpr bool kTensorCores = sizeof(typename Y::T) == 2;
+    if (grad_input) need_low_weight<typename Y::T, typename Y::W>(low_weight);
+    if (kTensorCores && preact && !grad_preact && (grad_input || grad_weight || grad_bias))
+      refuse("grad_preact", "is missing");
     cuda::linear_act_backward(
         backward_args<typename Y::T, typename Y::W>(grad_input, grad_weight, grad_bias, grad_output, preact, input,
-                                                    weight, activation, add, output),
+                                                    weight, activation, add, output, low_weight, grad_preact, partial),
         StreamLease(input));
   });
 }
@@ -106,10 +129,11 @@ void backward_cuda(std::optional<Tensor> grad_input, std::optional<Tensor> grad_
 STABLE_TORCH_LIBRARY_FRAGMENT(fastft, m) {
   m.def(
       "linear_act_forward(Tensor(a!) output, Tensor(b!)? preact, Tensor input, Tensor weight, Tensor? bias, int "
-      "activation) -> ()");
+      "activation, Tensor? low_weight=None) -> ()");
   m.def(
       "linear_act_backward(Tensor(a!)? grad_input, Tensor(b!)? grad_weight, Tensor(c!)? grad_bias, Tensor grad_output, "
-      "Tensor? preact, Tensor input, Tensor weight, int activation, Tensor? add=None, Tensor(d!)? output=None) -> ()");
+      "Tensor? preact, Tensor input, Tensor weight, int activation, Tensor? add=None, Tensor(d!)? output=None, Tensor? "
+      "low_weight=None, Tensor(e!)? grad_preact=None, Tensor(f!)? partial=None) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastft, CPU, m) {
   m.impl("linear_act_forward", TORCH_BOX(&forward_cpu));

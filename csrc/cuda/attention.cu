@@ -1,10 +1,11 @@
 // Scaled dot-product attention and its gradients; formulas and what is summed where are in cpu/attention.cpp.
-// Plain CUDA cores, meant for what PyTorch's kernels cannot do: dropout that the CPU repeats, packed sequences with masks.
+// Plain CUDA cores, for what attention_sm80.cu does not take: fp32, fp64 and heads of more than 128 elements.
 // A warp per query (forward and dq) or per key (dk and dv), 32 keys or queries at a time: first a lane takes one of them
 // for the score, then D elements lie across the lanes, kWarp apart. Rows come from L1 and L2: 4 D / 32 loads a score.
 // The forward is an online softmax (Milakov and Gimelshein 2018, arXiv:1805.02867; Dao et al. 2022, arXiv:2205.14135).
 #include <cassert>
 
+#include "attention.cuh"
 #include "device.cuh"
 #include "philox.h"
 
@@ -17,43 +18,22 @@ constexpr int kLargestHead = 256, kPerLane = kLargestHead / kWarp;
 template <class F>
 constexpr F kInfinity = F(HUGE_VAL);
 
-// A row of queries or keys of one (sequence, head).
-struct Place {
-  int64_t b, h, i;            // i: among the sequence's rows of queries, or of keys
-  int64_t queries, keys;      // of the sequence
-  int64_t q_row, k_row, row;  // as in cpu/attention.cpp
+// A row of queries or keys of one (sequence, head) for each warp.
+struct Place : Sequence {
+  int64_t i;  // among the sequence's rows of queries, or of keys
   int lane;
   bool live;
 
   template <class Args>
-  __device__ Place(const Args& p, int64_t most) : queries(p.Sq), keys(p.Sk), q_row(0), k_row(0) {
-    const int64_t warp = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp;
-    lane = threadIdx.x % kWarp;
-    b = warp / most / p.N, h = warp / most % p.N, i = warp % most;
-    live = b < p.B;
-    if (!live) return;
-    row = (b * p.N + h) * p.Sq;
-    if (p.cu_q) {
-      q_row = p.cu_q[b], queries = p.cu_q[b + 1] - q_row;
-      assert(q_row >= 0 && queries >= 0 && queries <= p.Sq && q_row + queries <= p.rows / p.N &&
-             "attention: cu_seqlens do not cut the tokens into sequences of at most max_seqlen");
-      row = h * (p.rows / p.N) + q_row;
-    }
-    if (p.cu_k) {
-      k_row = p.cu_k[b], keys = p.cu_k[b + 1] - k_row;
-      assert(k_row >= 0 && keys >= 0 && keys <= p.Sk && k_row + keys <= p.key_rows / p.N &&
-             "attention: cu_seqlens do not cut the tokens into sequences of at most max_seqlen");
-    }
-  }
+  __device__ Place(const Args& p, int64_t most) : Place(p, most, int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp) {}
 
-  template <class Args, class E>
-  __device__ E* query(const Args& p, E* data, int64_t batch, int64_t head, int64_t token, int64_t i) const {
-    return data + (p.cu_q ? 0 : b * batch) + h * head + (q_row + i) * token;
-  }
-  template <class Args, class E>
-  __device__ E* key(const Args& p, E* data, int64_t batch, int64_t head, int64_t token, int64_t j) const {
-    return data + (p.cu_k ? 0 : b * batch) + h * head + (k_row + j) * token;
-  }
+ private:
+  template <class Args>
+  __device__ Place(const Args& p, int64_t most, int64_t warp)
+      : Sequence(p, warp / most / p.N < p.B ? warp / most / p.N : 0, warp / most % p.N),
+        i(warp % most),
+        lane(threadIdx.x % kWarp),
+        live(warp / most / p.N < p.B) {}
 };
 
 // Four sums: their error is that of a quarter of the length.
@@ -70,12 +50,12 @@ __device__ F dot(const T* a, const T* b, int64_t D) {
 
 // scale q k^T + mask, -infinity where masked
 template <class F, class Args, class T>
-__device__ F score(const Args& p, const Place& at, const T* q, const T* k, int64_t i, int64_t j) {
+__device__ F score(const Args& p, const Place& at, const T* q, const T* k, int64_t i, int64_t j, bool float_bias) {
   if (p.causal && j > i) return -kInfinity<F>;
   const int64_t mask = at.b * p.mask_batch + at.h * p.mask_head + i * p.mask_query + j * p.mask_key;
   if (p.keep && !p.keep[mask]) return -kInfinity<F>;
   const F x = dot<F>(q, k, p.D) * F(p.scale);
-  return p.bias ? x + F(to_float(p.bias[mask])) : x;
+  return p.bias ? x + bias_at<F>(p.bias, mask, float_bias) : x;
 }
 
 template <class F, class Args>
@@ -114,8 +94,8 @@ __device__ int at_most_a_warp(F n) {
 
 // ---- kernels
 
-template <class T, class W>
-__global__ void __launch_bounds__(kWarps* kWarp) forward_kernel(AttentionForward<T, W> p) {
+template <class T>
+__global__ void __launch_bounds__(kWarps* kWarp) forward_kernel(AttentionForward<T, T> p, bool float_bias) {
   using F = Compute<T>;
   const Place at(p, p.Sq);
   if (!at.live || at.i >= at.queries) return;  // a whole warp
@@ -126,7 +106,7 @@ __global__ void __launch_bounds__(kWarps* kWarp) forward_kernel(AttentionForward
     const int live = at_most_a_warp(keys - first);
     const int64_t j = first + at.lane;
     F x = -kInfinity<F>;
-    if (at.lane < live) x = score<F>(p, at, q, at.key(p, p.k, p.k_batch, p.k_head, p.k_token, j), at.i, j);
+    if (at.lane < live) x = score<F>(p, at, q, at.key(p, p.k, p.k_batch, p.k_head, p.k_token, j), at.i, j, float_bias);
     const F top = warp_reduce(Max()(max, x), Max());
     if (top == -kInfinity<F>) continue;  // nothing but masked keys so far
     const F shrink = exp(max - top), e = exp(x - top);
@@ -151,25 +131,25 @@ struct Weight {
   F p, dp, factor;
 };
 template <class F, class Args>
-__device__ Weight<F> weight_of(const Args& p, const Place& at, int64_t i, int64_t j) {
+__device__ Weight<F> weight_of(const Args& p, const Place& at, int64_t i, int64_t j, bool float_bias) {
   const auto* const q = at.query(p, p.q, p.q_batch, p.q_head, p.q_token, i);
   const auto* const dy = at.query(p, p.dy, p.dy_batch, p.dy_head, p.dy_token, i);
   const auto* const k = at.key(p, p.k, p.k_batch, p.k_head, p.k_token, j);
   const auto* const v = at.key(p, p.v, p.v_batch, p.v_head, p.v_token, j);
   const int64_t row = at.row + i;
-  const F x = score<F>(p, at, q, k, i, j), f = factor<F>(p, row, j);
+  const F x = score<F>(p, at, q, k, i, j, float_bias), f = factor<F>(p, row, j);
   return {exp(x - p.stats[row]) * p.stats[p.rows + row], dot<F>(dy, v, p.D) * f, f};
 }
 
-template <class T, class W>
-__global__ void __launch_bounds__(kWarps* kWarp) grad_query_kernel(AttentionBackward<T, W> p) {
+template <class T>
+__global__ void __launch_bounds__(kWarps* kWarp) grad_query_kernel(AttentionBackward<T, T> p, bool float_bias) {
   using F = Compute<T>;
   const Place at(p, p.Sq);
   if (!at.live || at.i >= at.queries) return;
   const int64_t keys = p.causal && at.i + 1 < at.keys ? at.i + 1 : at.keys;
   F delta = 0, dq[kPerLane] = {};
   for (int64_t j = at.lane; j < keys; j += kWarp) {
-    const Weight<F> w = weight_of<F>(p, at, at.i, j);
+    const Weight<F> w = weight_of<F>(p, at, at.i, j, float_bias);
     delta += w.p * w.dp;
   }
   delta = warp_reduce(delta, Sum());
@@ -179,7 +159,7 @@ __global__ void __launch_bounds__(kWarps* kWarp) grad_query_kernel(AttentionBack
     const int live = at_most_a_warp(keys - first);
     F ds = 0;
     if (at.lane < live) {
-      const Weight<F> w = weight_of<F>(p, at, at.i, first + at.lane);
+      const Weight<F> w = weight_of<F>(p, at, at.i, first + at.lane, float_bias);
       ds = w.p * (w.dp - delta);
     }
     add_rows(dq, ds, live, at.lane, p.D,
@@ -188,8 +168,8 @@ __global__ void __launch_bounds__(kWarps* kWarp) grad_query_kernel(AttentionBack
   store_row(at.query(p, p.dq, p.dq_batch, p.dq_head, p.dq_token, at.i), dq, F(p.scale), at.lane, p.D);
 }
 
-template <class T, class W>
-__global__ void __launch_bounds__(kWarps* kWarp) grad_key_kernel(AttentionBackward<T, W> p) {
+template <class T>
+__global__ void __launch_bounds__(kWarps* kWarp) grad_key_kernel(AttentionBackward<T, T> p, bool float_bias) {
   using F = Compute<T>;
   const Place at(p, p.Sk);
   if (!at.live || at.i >= at.keys) return;
@@ -199,7 +179,7 @@ __global__ void __launch_bounds__(kWarps* kWarp) grad_key_kernel(AttentionBackwa
     const int64_t i = first + at.lane;
     F ds = 0, kept = 0;
     if (at.lane < live) {
-      const Weight<F> w = weight_of<F>(p, at, i, at.i);
+      const Weight<F> w = weight_of<F>(p, at, i, at.i, float_bias);
       kept = w.p * w.factor;
       if (p.dk) ds = w.p * (w.dp - p.delta[at.row + i]);
     }
@@ -231,14 +211,20 @@ void check_head(const Args& p) {
 template <class T, class W>
 void attention_forward(const AttentionForward<T, W>& p, Stream stream) {
   check_head(p);
-  launch(forward_kernel<T, W>, warps_for(p, p.Sq), kWarps * kWarp, 0, stream, p);
+  if constexpr (kTensorAttention<T>)
+    if (p.D <= kLargestTensorHead) return tensor_attention_forward(p, stream);
+  launch(forward_kernel<T>, warps_for(p, p.Sq), kWarps * kWarp, 0, stream, erased(p), !std::is_same_v<T, W>);
 }
 
 template <class T, class W>
 void attention_backward(const AttentionBackward<T, W>& p, Stream stream) {
   check_head(p);
-  if (p.dq || p.dk) launch(grad_query_kernel<T, W>, warps_for(p, p.Sq), kWarps * kWarp, 0, stream, p);
-  if (p.dk || p.dv) launch(grad_key_kernel<T, W>, warps_for(p, p.Sk), kWarps * kWarp, 0, stream, p);
+  if constexpr (kTensorAttention<T>)
+    if (p.D <= kLargestTensorHead) return tensor_attention_backward(p, stream);
+  if (p.dq || p.dk)
+    launch(grad_query_kernel<T>, warps_for(p, p.Sq), kWarps * kWarp, 0, stream, erased(p), !std::is_same_v<T, W>);
+  if (p.dk || p.dv)
+    launch(grad_key_kernel<T>, warps_for(p, p.Sk), kWarps * kWarp, 0, stream, erased(p), !std::is_same_v<T, W>);
 }
 
 #define FASTFT_X(suffix, T, W)                                                  \

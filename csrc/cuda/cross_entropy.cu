@@ -2,7 +2,8 @@
 // Moves 3 M C sizeof(T) bytes for M rows: the forward reads the logits once, the backward reads them and writes dx.
 // A team of 1, 32 or 256 threads works on a row, each by an online softmax over 16 values (4 with soft targets) at a time. Classes that do
 // not come last are one thread's: then neighbouring threads read neighbouring rows, which is where memory is
-// contiguous. A reduction is a second launch of one block: its order follows from M.
+// contiguous. Soft targets are never a block's, whose kernels would be a fifth of this file's code. A reduction is a
+// second launch of one block: its order follows from M.
 #include <cassert>
 
 #include "device.cuh"
@@ -180,10 +181,10 @@ void with_team(const Args& p, const Body& body) {
     with_soft(std::integral_constant<int, kWarp>());
   else if (p.S > 1 || p.C <= kOneThread)
     with_soft(std::integral_constant<int, 1>());
-  else if (p.C <= kOneWarp)
+  else if (p.C <= kOneWarp || p.q || p.smoothing > 0)
     with_soft(std::integral_constant<int, kWarp>());
   else
-    with_soft(std::integral_constant<int, kThreads>());
+    body(std::integral_constant<int, kThreads>(), std::false_type(), grid_of(p.N * p.S));
 }
 
 }  // namespace

@@ -37,6 +37,9 @@ inline std::string kernel_name(const void* kernel) {
   return name;
 }
 
+// What a kernel gets without asking first.
+constexpr size_t kSharedUnasked = 48 << 10;
+
 template <class T>
 struct AsGiven {
   using type = T;
@@ -49,7 +52,11 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, Stream s
             typename AsGiven<P>::type... args) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   void* pointers[] = {&args...};
-  const cudaError_t error = cudaLaunchKernel(kernel, grid, block, pointers, shared, static_cast<cudaStream_t>(stream));
+  cudaError_t error = cudaSuccess;
+  if (shared > kSharedUnasked)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+  if (error == cudaSuccess)
+    error = cudaLaunchKernel(kernel, grid, block, pointers, shared, static_cast<cudaStream_t>(stream));
   if (error != cudaSuccess)
     throw std::runtime_error("fastft: " + kernel_name(reinterpret_cast<const void*>(kernel)) +
                              ": CUDA error: " + cudaGetErrorString(error));

@@ -1,12 +1,13 @@
 // Fused linear layer and activation:  z = x w^T + b,  y = act(z);
 // backward:  dz = dy act'(z),  dx = dz w,  dw = dz^T x,  db = sum over rows of dz
 //   x (M, K) T    w (N, K), b (N) W    y, z, dy (M, N) T.   z is stored for the backward, nothing else.
-// Floor: 2 M N K FLOPs for each product, on the FMA units: tensor cores are not used, this serves any size and dtype.
+// bf16 and f16 are gemm_sm80.cu's; this is fp32, whose numbers tf32 would change, and fp64.
+// Floor: 2 M N K FLOPs for each product, on the FMA units.
 // One kernel makes all three products. It reads its operands through accessors, one of which computes dz as it is read
 // (ceil(K / 64) times each element for dx and again for dw), so that no workspace is needed; it stores through an
 // epilogue. Sums are fp32 (fp64 for fp64), in an order that depends on sizes only, rounded once, at the store.
-#include "activation.h"
-#include "device.cuh"
+#include "activation.cuh"
+#include "gemm_sm80.cuh"
 
 namespace fastft::cuda {
 namespace {
@@ -18,19 +19,14 @@ constexpr int kMicro = 4;           // rows and columns of the result per thread
 constexpr int kPitch = kTile + 4;   // rows stay 16-byte aligned; 4 banks apart, so that stores along the depth spread
 constexpr int kPartialDepth = 128;  // products in a partial sum: a single sum over K = 3072 has 4x the error
 
-// One copy of the table per number type: inlined, its branches would be most of every kernel.
+// One value of the table.
 template <class F>
-__device__ __noinline__ F activation_of(int activation, F z) {
-  F y = z;
-  dispatch_activation(activation, [&](auto act) { y = act.f(z); });
-  return y;
+__device__ F activation_of(int activation, F z) {
+  return activation_of(activation, Values<F, 1>{{z}}).v[0];
 }
-
 template <class F>
-__device__ __noinline__ F derivative_of(int activation, F z) {
-  F dy = F(1);
-  dispatch_activation(activation, [&](auto act) { dy = act.df(z); });
-  return dy;
+__device__ F derivative_of(int activation, F z) {
+  return derivative_of(activation, Values<F, 1>{{z}}).v[0];
 }
 
 // ---- operands: element (i, d) of a (rows, depth) matrix that is stored row-major, or as its transpose
@@ -175,23 +171,28 @@ void product(const A& a, const B& b, const Epilogue& epilogue, int64_t rows, int
 
 template <class T, class W>
 void linear_act_forward(const LinearActForward<T, W>& p, Stream stream) {
-  product<Compute<T>>(Matrix<T, false>{p.x, p.K}, Matrix<W, false>{p.w, p.K}, BiasActivation<T, W>{p}, p.M, p.N, p.K,
-                      stream);
+  if constexpr (kTensorCores<T>)
+    gemm_forward(p, stream);
+  else
+    product<T>(Matrix<T, false>{p.x, p.K}, Matrix<W, false>{p.w, p.K}, BiasActivation<T, W>{p}, p.M, p.N, p.K, stream);
 }
 
 template <class T, class W>
 void linear_act_backward(const LinearActBackward<T, W>& p, Stream stream) {
-  using F = Compute<T>;
-  const GradPreact<T, false> dz{p.dy, p.z, p.N, p.activation};
-  const GradPreact<T, true> dz_transposed{p.dy, p.z, p.N, p.activation};
-  if (p.dx) product<F>(dz, Matrix<W, true>{p.w, p.K}, Store<T>{p.dx, p.add, p.K}, p.M, p.K, p.N, stream);
-  if (p.dw) product<F>(dz_transposed, Matrix<T, true>{p.x, p.K}, Store<W>{p.dw, nullptr, p.K}, p.N, p.K, p.M, stream);
-  if (p.y && p.z)
-    launch(activation_kernel<T>, grid_of(ceil_div(p.M * p.N, kThreads)), kThreads, 0, stream, p.y, p.z, p.M * p.N,
-           p.activation);
-  if (p.db) {
-    const dim3 grid = grid_of(ceil_div(p.N, kSumCols));
-    launch(column_sums_kernel<F, GradPreact<T, false>, W>, grid, kThreads, 0, stream, p.db, dz, p.M, p.N);
+  if constexpr (kTensorCores<T>) {
+    gemm_backward(p, stream);
+  } else {
+    const GradPreact<T, false> dz{p.dy, p.z, p.N, p.activation};
+    const GradPreact<T, true> dz_transposed{p.dy, p.z, p.N, p.activation};
+    if (p.dx) product<T>(dz, Matrix<W, true>{p.w, p.K}, Store<T>{p.dx, p.add, p.K}, p.M, p.K, p.N, stream);
+    if (p.dw) product<T>(dz_transposed, Matrix<T, true>{p.x, p.K}, Store<W>{p.dw, nullptr, p.K}, p.N, p.K, p.M, stream);
+    if (p.y && p.z)
+      launch(activation_kernel<T>, grid_of(ceil_div(p.M * p.N, kThreads)), kThreads, 0, stream, p.y, p.z, p.M * p.N,
+             p.activation);
+    if (p.db) {
+      const dim3 grid = grid_of(ceil_div(p.N, kSumCols));
+      launch(column_sums_kernel<T, GradPreact<T, false>, W>, grid, kThreads, 0, stream, p.db, dz, p.M, p.N);
+    }
   }
 }
 

@@ -152,6 +152,7 @@ def forward(input, weight, bias, activation, dtype, keep):
         weight.contiguous(),
         None if bias is None else bias.contiguous(),
         activation,
+        _low(weight, dtype),
     )
     return output, preact
 
@@ -159,7 +160,7 @@ def forward(input, weight, bias, activation, dtype, keep):
 def backward(activation, preact, wanted, grad_output, input, weight, bias, add=None, output=None):
     """Gradients of input (plus ``add``), weight and bias, None where not wanted; ``output`` is written once more."""
     N, K = weight.shape
-    rows = _rows(input, K)
+    rows, grads = _rows(input, K), _rows(grad_output, N)
     grad_input = _arena.empty_like(rows) if wanted[0] else None
     grad_weight = _arena.empty_like(weight, kind=_arena.GRADIENT) if wanted[1] else None
     grad_bias = bias.new_empty(N) if wanted[2] else None
@@ -167,15 +168,60 @@ def backward(activation, preact, wanted, grad_output, input, weight, bias, add=N
         grad_input,
         grad_weight,
         grad_bias,
-        _rows(grad_output, N),
+        grads,
         preact,
         rows,
         weight.contiguous(),
         activation,
         add,
         output,
+        *_for_tensor_cores(wanted, grads, preact, weight),
     )
     return None if grad_input is None else grad_input.view(input.shape), grad_weight, grad_bias
+
+
+# ---- what CUDA's tensor cores need beside: csrc/cuda/gemm_sm80.cu
+
+TILE, STEP = 128, 32  # of a product: rows and columns of a block, and the depth it takes at a time
+BLOCKS = 2 * 132  # that run at once on an H100, and not many more than on other large GPUs
+BLOCK_FLOPS, BYTES = 2e12, 2e12  # a second: of one of them among as many, and of partial sums through L2 and memory
+LAUNCHES_S = 5e-6  # of the two kernels that add partial sums up
+
+
+def splits(M, N, K):
+    """How many parts the rows are cut into for the gradient of a weight, so that its few tiles occupy the GPU; more
+    partial sums take longer to write and to add up. By sizes alone: the order of the sums is the same everywhere."""
+
+    def seconds(parts):
+        blocks = -(-N // TILE) * -(-K // TILE) * parts
+        depth = -(-M // (parts * STEP)) * STEP
+        rest = 2 * 4 * N * K * parts / BYTES + LAUNCHES_S if parts > 1 else 0
+        return -(-blocks // BLOCKS) * 2 * TILE**2 * depth / BLOCK_FLOPS + rest
+
+    return min(range(1, 17), key=seconds)
+
+
+def _low(weight, dtype):
+    """The weight in the dtype of the products, where CUDA's kernels do not take it as it is."""
+    return weight.to(dtype).contiguous() if weight.is_cuda and weight.dtype != dtype else None
+
+
+def _for_tensor_cores(wanted, grads, preact, weight):
+    """The weight in their dtype, memory for the gradient of the pre-activation, and for partial sums."""
+    if not grads.is_cuda or grads.dtype not in (torch.bfloat16, torch.float16):
+        return None, None, None
+    return workspaces(wanted, grads, preact, weight)
+
+
+def workspaces(wanted, grads, preact, weight):
+    """:func:`_for_tensor_cores` on any device."""
+    (M, N), K = grads.shape, weight.shape[1]
+    parts = splits(M, N, K) if wanted[1] or wanted[2] else 1
+    return (
+        weight.to(grads.dtype).contiguous() if wanted[0] and weight.dtype != grads.dtype else None,
+        torch.empty_like(preact) if preact is not None and any(wanted) else None,
+        grads.new_empty((parts, N * K + N), dtype=torch.float32) if parts > 1 else None,
+    )
 
 
 class _LinearAct(torch.autograd.Function):

@@ -25,6 +25,7 @@ import torch
 import setup
 from fastft import _library
 from fastft.functional import _choice
+from fastft.functional.linear_act import workspaces
 
 HERE = Path(__file__).resolve().parent
 
@@ -54,12 +55,18 @@ WATCHED = {
 # ---- what csrc/binding does: arguments of an op -> tensors of dtypes T and W, fields of the kernel's argument struct
 
 
-def linear_act_forward(y, z, x, w, b, activation):
-    return (x, w), (y, z, x, w, b, len(x), *w.shape, activation, None)
+def linear_act_forward(y, z, x, w, b, activation, low=None):
+    if w.dtype != x.dtype:  # Python makes this for CUDA tensors only, and so for the backward
+        low = w.to(x.dtype)
+    return (x, w), (y, z, x, w, b, len(x), *w.shape, activation, None, low)
 
 
-def linear_act_backward(dx, dw, db, dy, z, x, w, activation, add=None, y=None):
-    return (x, w), (dx, dw, db, dy, z, x, w, len(x), *w.shape, activation, add, y, None, None, None)
+def linear_act_backward(dx, dw, db, dy, z, x, w, activation, add=None, y=None, low=None, dz=None, partial=None):
+    if dy.dtype in (torch.bfloat16, torch.float16):
+        low, dz, partial = workspaces([t is not None for t in (dx, dw, db)], dy, z, w)
+    tensors, sizes = (dx, dw, db, dy, z, x, w), (len(x), *w.shape, activation)
+    parts = 1 if partial is None else len(partial)
+    return (x, w), (*tensors, *sizes, add, y, None, None, None, low, dz, partial, parts)
 
 
 def cross_entropy_forward(loss, stats, divisor, row_loss, x, target, w, *options):
