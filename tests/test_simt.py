@@ -13,7 +13,7 @@ import test_encoder_layer
 import torch
 
 import setup
-from fastft.functional import cross_entropy, linear_act
+from fastft.functional import attention, cross_entropy, linear_act
 from fastft.testing import error
 from fastft.testing.spec import TensorMaker, all_specs
 
@@ -161,7 +161,7 @@ def test_many_classes_with_soft_targets_are_within_the_error_budget(dtype, order
             error.check(evaluate, double=dtype == torch.float64)
 
 
-@pytest.mark.parametrize(("order", "layout"), enumerate(["full", "padded, first", "packed"]))
+@pytest.mark.parametrize(("order", "layout"), list(enumerate(["full", "padded, first", "packed"])))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_whole_encoder_layer_is_its_composition(order, layout, dtype, gpu):
     halves, test = test_encoder_layer.HALVES["layer"], test_encoder_layer
@@ -174,6 +174,39 @@ def test_a_whole_encoder_layer_under_autocast_is_within_its_budget(gpu):
     halves = test_encoder_layer.HALVES["layer"]
     test_encoder_layer.test_bfloat16_products_with_float32_parameters_stay_within_autocast_s_budget(halves)
     assert {name[: name.index("_forward")] for name in gpu if "_forward" in name} == LAYER
+
+
+@each_order
+@each_half
+@pytest.mark.parametrize("head", [104, 137], ids=["large", "too large for tensor cores"])
+def test_attention_of_large_heads_is_within_the_error_budget(head, dtype, order, gpu):
+    def stock(query, key, value):
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value)
+
+    def evaluate(seed):
+        t = TensorMaker(dtype, seed=seed)
+        single = {name: t(1, 3, 33, head) for name in ("query", "key", "value")}
+        ours, theirs = (error.run(f, single, single, TensorMaker(dtype, seed=-1)) for f in (attention, stock))
+        return ours, theirs, error.run(stock, error.cast(single, torch.float64), single, TensorMaker(dtype, seed=-1))
+
+    with simt.cuda_on_cpu(order):
+        error.check(evaluate)
+
+
+@each_order
+@each_half
+@pytest.mark.parametrize("autocast", [False, True])
+def test_weight_s_gradient_of_many_rows_comes_out_exactly(autocast, dtype, order, gpu):
+    M, N, K = 2100, 16, 8
+    exact = [
+        torch.arange(math.prod(shape)).remainder(3).sub(1).view(shape).double() for shape in ((M, K), (N, K), (M, N))
+    ]
+    x, w, dy = (tensor.to(torch.float32 if autocast else dtype) for tensor in exact)
+    w.requires_grad_()
+    with simt.cuda_on_cpu(order), torch.autocast("cpu", dtype, enabled=autocast):
+        y = linear_act(x, w, None, "identity")
+        y.backward(dy.to(y.dtype))
+    assert torch.equal(w.grad, (exact[2].T @ exact[0]).to(w.dtype))
 
 
 # ---- the optimizer's passes, apart from test_optim.py's budget

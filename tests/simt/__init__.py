@@ -340,6 +340,6 @@ def launches() -> dict[tuple[str, str], dict[str, list[int]]]:
     counts: dict[tuple[str, str], dict[str, list[int]]] = {}
     for (at, name), place in zip(found.items(), places, strict=True):
         file = Path(place.partition(":")[0]).name
-        if (file, name) in declared() and "[clone" not in symbols[at]:
+        if (file, name) in declared() and not re.search(r"\[clone|::operator\(\)", symbols[at]):  # parts of a kernel
             counts.setdefault((file, name), {})[symbols[at]] = kernels().launches().get(at, [0] * ORDERS)
     return counts
