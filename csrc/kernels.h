@@ -64,8 +64,8 @@ struct LinearActBackward {
   const float* x32 = nullptr;  // in place of x, as in the forward; of its gradient; and of add
   float* dx32 = nullptr;
   const float* add32 = nullptr;
-  // For CUDA's tensor cores: w as above; workspaces: dz where there is a z, and where dw is made of partial sums over
-  // `splits` parts of the rows, those and db's
+  // CUDA only. dz is wanted where it is given; tensor cores ask for it where there is a z, and for w as above. Where they
+  // sum dw over `splits` parts of the rows, those partial sums and db's are made in a workspace.
   const T* w_low = nullptr;  // (N, K)
   T* dz = nullptr;           // (M, N)
   float* partial = nullptr;  // (splits, N K + N)

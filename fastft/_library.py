@@ -1,8 +1,10 @@
 """Loads libfastft.so, or says in one sentence why not; asks it what it holds and switches its instruction set."""
 
 import contextlib
+import functools
 import json
 import os
+import re
 import warnings
 from pathlib import Path
 
@@ -125,6 +127,59 @@ def use_bf16(how):
 def has_cuda():
     """Whether the library holds CUDA kernels; whether there is a GPU is torch.cuda's to say."""
     return available() and _ops().has_cuda()
+
+
+def why_not_gpu(index=0):
+    """None if our CUDA kernels run on that GPU, else one sentence that says why not."""
+    if not has_cuda():
+        return "fastft was built without CUDA"
+    import torch
+
+    if not torch.cuda.is_available():  # a tensor that only pretends to be on one
+        return None
+    return _why_not_gpu(torch.cuda.current_device() if index is None else index)
+
+
+@functools.cache
+def _why_not_gpu(index):
+    import torch
+
+    info = build_info()
+    name, capability = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
+    return why_not_driver(torch._C._cuda_getDriverVersion(), info.get("nvcc")) or why_not_capability(
+        name, capability, info.get("archs", ())
+    )
+
+
+def why_not_driver(version, nvcc):
+    """None if a driver that supports CUDA ``version`` (13000) runs what this nvcc built ("release 13.0, V13.0.88")."""
+    built = re.search(r"release (\d+)\.(\d+)", nvcc or "")
+    if not built or version // 1000 >= int(built[1]):  # within a major version any driver runs it
+        return None
+    supported = f"{version // 1000}.{version % 1000 // 10}"
+    return (
+        f"fastft was built with CUDA {built[1]}.{built[2]}, this NVIDIA driver supports {supported}: "
+        "update the driver, or build fastft with an older CUDA"
+    )
+
+
+def why_not_capability(name, capability, archs):
+    """None if code for ``archs`` ("sm_80", "compute_80") runs on a GPU of this compute capability, (8, 6)."""
+    for arch in archs:
+        kind, _, number = arch.partition("_")
+        if not number.isdigit():  # sm_90a runs on 9.0 alone
+            if kind == "sm" and (int(number[:-2]), int(number[-2])) == tuple(capability):
+                return None
+            continue
+        of = int(number[:-1]), int(number[-1])
+        # Machine code runs on later ones of its generation, what is compiled when it is loaded on all later ones.
+        if of <= tuple(capability) and (kind == "compute" or of[0] == capability[0]):
+            return None
+    wanted = "".join(map(str, capability))
+    return (
+        f"fastft has no code for {name} (compute capability {'.'.join(map(str, capability))}), only for "
+        f"{', '.join(archs)}: build it with FASTFT_CUDA_ARCHS=sm_{wanted}, from sm_80 on"
+    )
 
 
 def _ops():

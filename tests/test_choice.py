@@ -395,3 +395,43 @@ def test_env_says_what_chooses_and_where_it_is(cache):
     assert "bfloat16 products  by VDPBF16PS" in shown() or UNASKED == "widen"
     store(cell(), bf16="widen")
     assert "bfloat16 products  in float32" in shown()
+
+
+# ---- GPUs that our kernels do not run on, as far as that can be told without one
+
+
+@pytest.mark.parametrize(
+    ("archs", "runs", "does_not"),
+    [
+        (("sm_80", "sm_90", "compute_80"), [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)], [(7, 5)]),
+        (("sm_80",), [(8, 0), (8, 6)], [(9, 0), (7, 0)]),
+        (("sm_86",), [(8, 6), (8, 9)], [(8, 0)]),
+        (("sm_90a",), [(9, 0)], [(10, 0)]),
+        (("compute_90",), [(9, 0), (12, 0)], [(8, 0)]),
+        ((), [], [(8, 0)]),
+    ],
+)
+def test_a_gpu_without_code_for_it_is_named(archs, runs, does_not):
+    for capability in runs:
+        assert _library.why_not_capability("a GPU", capability, archs) is None
+    for capability in does_not:
+        why_not = _library.why_not_capability("a GPU", capability, archs)
+        assert f"compute capability {capability[0]}.{capability[1]}" in why_not and "FASTFT_CUDA_ARCHS" in why_not
+
+
+def test_a_driver_too_old_for_our_cuda_is_named():
+    nvcc = "Cuda compilation tools, release 13.0, V13.0.88"
+    assert _library.why_not_driver(12080, nvcc).startswith(
+        "fastft was built with CUDA 13.0, this NVIDIA driver supports 12.8"
+    )
+    for version, built in ((13000, nvcc), (13010, nvcc), (12040, nvcc.replace("13", "12")), (12080, None)):
+        assert _library.why_not_driver(version, built) is None
+
+
+def test_what_is_wrong_with_a_gpu_is_why_pytorchs_kernels_run_on_it(monkeypatch):
+    monkeypatch.setattr(_library, "has_cuda", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(_library, "_why_not_gpu", {0: None, 3: "GPU 3 is too old"}.get)
+    assert _library.why_not_gpu(0) is None and _library.why_not_gpu(3) == "GPU 3 is too old"
+    monkeypatch.setattr(_library, "has_cuda", lambda: False)
+    assert _library.why_not_gpu(0) == "fastft was built without CUDA"

@@ -18,6 +18,7 @@ from fastft.testing import error
 from fastft.testing.spec import TensorMaker, all_specs
 
 SPECS = [spec for spec in all_specs() if f"{spec.kernel}_forward" in simt.FIELDS]
+QKV = ("query", "key", "value")
 SANITIZED = simt.SANITIZED in os.environ
 SANITIZED_TEST = "test_kernels_are_clean_under_sanitizers"
 OF_TEST_OPTIM = ("steps_of_the_cuda_kernels_are", "clipping_by_the_cuda_kernels_is")
@@ -280,6 +281,27 @@ def test_the_weights_gradient_of_many_rows_is_summed_in_parts_that_fill_the_gpu(
         assert parts * N * K * 4 < 16e6 or parts == 1
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_products_may_be_pytorchs_around_our_kernel(dtype, gpu, monkeypatch):
+    module = sys.modules["fastft.functional.linear_act"]
+    monkeypatch.setattr(module, "_multiplied_by_torch", lambda *_: True)
+    spec = next(spec for spec in SPECS if spec.name == "linear_act")
+    error.check_op(spec, small(spec, dtype), dtype)
+    assert {name.rpartition("_")[0] for name in gpu} == {"linear_act_backward"}
+
+
+def test_a_gradient_that_comes_another_way_is_added_to_pytorchs_product(gpu, monkeypatch):
+    module = sys.modules["fastft.functional.linear_act"]
+    t, results = TensorMaker(torch.float32), []
+    x, w, b, dy, z, add = t(30, 20), t(24, 20), t(24), t(30, 24), t(30, 24), t(30, 20)
+    for by_torch in (False, True):
+        monkeypatch.setattr(module, "_multiplied_by_torch", lambda *_, by_torch=by_torch: by_torch)
+        y = torch.empty_like(z)
+        results.append((*module.backward(3, z, (True, True, True), dy, x, w, b, add, y), y))
+    for ours, around in zip(*results, strict=True):
+        torch.testing.assert_close(ours, around)
+
+
 def test_missing_value_stays_in_its_row(gpu):
     x = torch.randn(70, 20)
     x[3, 19] = x[64, 0] = math.nan  # next to the edge of a tile
@@ -291,6 +313,26 @@ def test_every_kernel_of_the_module_can_be_called_through_an_op():
     named = {f"{op}_{suffix}" for op in simt.FIELDS for suffix in simt.SUFFIXES.values()}
     others = {name for name in dir(simt.kernels()) if name.startswith(("_", "planted", "fragments"))}
     assert set(dir(simt.kernels())) - others - {"set_order", "launches"} == named
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_elements_beyond_two_to_the_31_are_found(dtype, gpu):
+    """The last of three rows begins 2 GiB of elements behind the first; what lies between is never touched."""
+    apart, shape = 2**30 + 8, (1, 1, 3, 16)
+    memory = torch.empty(2 * apart + 16, dtype=dtype)
+    wide = memory.as_strided(shape, (0, 0, apart, 1))
+    wide.copy_(torch.randn(shape))
+    dense, other = wide.clone(), torch.randn(shape).to(dtype)
+    for of in ([wide, other, other], [other, wide, wide]):
+        near = [dense if tensor is wide else tensor for tensor in of]
+        results = [error.run(attention, dict(zip(QKV, three, strict=True)), QKV, torch.ones) for three in (of, near)]
+        for name, found in results[0].items():
+            assert torch.equal(found, results[1][name]), name
+
+
+def test_a_grid_of_more_blocks_than_cuda_has_is_refused(gpu):
+    with pytest.raises(RuntimeError, match="blocks are more than a CUDA grid holds"):
+        simt.kernels().linear_act_forward_f32(*[None] * 5, 2**31 * 64, 64, 0, 0, None, None)
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -40,6 +40,19 @@ inline std::string kernel_name(const void* kernel) {
 // What a kernel gets without asking first.
 constexpr size_t kSharedUnasked = 48 << 10;
 
+// What a user can do about an error of CUDA's; _library.py finds most of it out before.
+inline std::string advice(cudaError_t error) {
+  switch (int(error)) {  // by number: tests/simt has few of the names
+    case 35:             // cudaErrorInsufficientDriver
+      return "; update the NVIDIA driver, or build fastft with an older CUDA";
+    case 209:  // cudaErrorNoKernelImageForDevice
+    case 222:  // cudaErrorUnsupportedPtxVersion
+      return "; build fastft with FASTFT_CUDA_ARCHS for this GPU, from sm_80 on";
+    default:
+      return "";
+  }
+}
+
 template <class T>
 struct AsGiven {
   using type = T;
@@ -59,7 +72,7 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, Stream s
     error = cudaLaunchKernel(kernel, grid, block, pointers, shared, static_cast<cudaStream_t>(stream));
   if (error != cudaSuccess)
     throw std::runtime_error("fastft: " + kernel_name(reinterpret_cast<const void*>(kernel)) +
-                             ": CUDA error: " + cudaGetErrorString(error));
+                             ": CUDA error: " + cudaGetErrorString(error) + advice(error));
 }
 
 // ---- reductions by a commutative op: every thread gets the same bits; the order depends on the block's size only

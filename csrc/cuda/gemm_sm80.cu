@@ -357,11 +357,10 @@ void gemm_forward(const LinearActForward<T, W>& p, Stream stream) {
 template <class T, class W>
 void gemm_backward(const LinearActBackward<T, W>& p, Stream stream) {
   const int64_t n = p.M * p.N;
-  T* const dz_out = p.dx || p.dw || p.db ? p.dz : nullptr;
-  if (p.z && (dz_out || p.y)) {
-    const bool chunks = in_chunks(p.dy) && in_chunks(p.z) && in_chunks(dz_out) && in_chunks(p.y);
-    launch(grad_preact_kernel<T>, grid_of(ceil_div(n, kThreads * kChunk)), kThreads, 0, stream, dz_out, p.y, p.dy, p.z,
-           n, p.activation, chunks);
+  if (p.z && (p.dz || p.y)) {
+    const bool chunks = in_chunks(p.dy) && in_chunks(p.z) && in_chunks(p.dz) && in_chunks(p.y);
+    launch(grad_preact_kernel<T>, grid_of(ceil_div(n, kThreads * kChunk)), kThreads, 0, stream, p.dz, p.y, p.dy, p.z, n,
+           p.activation, chunks);
   }
   const T* const dz = p.z ? p.dz : p.dy;
   if (p.dx)

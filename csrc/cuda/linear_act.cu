@@ -82,11 +82,13 @@ struct Store {
   }
 };
 
-// y = act(z), element by element
+// dz = dy act'(z) and y = act(z), each of which may be null
 template <class T>
-__global__ void activation_kernel(T* y, const T* z, int64_t n, int activation) {
+__global__ void grad_preact_kernel(T* dz, T* y, const T* dy, const T* z, int64_t n, int activation) {
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (i < n) y[i] = from_float<T>(activation_of(activation, to_float(z[i])));
+  if (i >= n) return;
+  if (dz) dz[i] = dy[i] * derivative_of(activation, z[i]);
+  if (y) y[i] = activation_of(activation, z[i]);
 }
 
 // ---- kernels
@@ -186,9 +188,9 @@ void linear_act_backward(const LinearActBackward<T, W>& p, Stream stream) {
     const GradPreact<T, true> dz_transposed{p.dy, p.z, p.N, p.activation};
     if (p.dx) product<T>(dz, Matrix<W, true>{p.w, p.K}, Store<T>{p.dx, p.add, p.K}, p.M, p.K, p.N, stream);
     if (p.dw) product<T>(dz_transposed, Matrix<T, true>{p.x, p.K}, Store<W>{p.dw, nullptr, p.K}, p.N, p.K, p.M, stream);
-    if (p.y && p.z)
-      launch(activation_kernel<T>, grid_of(ceil_div(p.M * p.N, kThreads)), kThreads, 0, stream, p.y, p.z, p.M * p.N,
-             p.activation);
+    if (p.z && (p.y || p.dz))
+      launch(grad_preact_kernel<T>, grid_of(ceil_div(p.M * p.N, kThreads)), kThreads, 0, stream, p.dz, p.y, p.dy, p.z,
+             p.M * p.N, p.activation);
     if (p.db) {
       const dim3 grid = grid_of(ceil_div(p.N, kSumCols));
       launch(column_sums_kernel<T, GradPreact<T, false>, W>, grid, kThreads, 0, stream, p.db, dz, p.M, p.N);

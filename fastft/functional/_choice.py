@@ -174,8 +174,8 @@ def unsupported(*tensors):
             return f"there are no kernels for device {device!r}"
         if tensor.dtype not in _DTYPES[device]:
             return f"there are no kernels for {tensor.dtype} on {device!r}"
-        if device == "cuda" and not _library.has_cuda():
-            return "fastft was built without CUDA"
+        if device == "cuda" and (why_not := _library.why_not_gpu(tensor.device.index)) is not None:
+            return why_not
         if tensor.is_sparse or tensor.layout != torch.strided:
             return f"there are no kernels for layout {tensor.layout}"
     return None

@@ -124,7 +124,7 @@ def _slower(input, weight, bias, M, K, N):
 
 def shipped_rule(device, M, K, N):
     """Whether PyTorch's is faster on most machines: with few rows or few outputs packing the weight costs more than the
-    product, and on CUDA our product does without tensor cores."""
+    product, and on CUDA ours has not been measured yet."""
     return device == "cuda" or M < 64 or N < 64 or K < 64
 
 
@@ -142,6 +142,9 @@ def forward(input, weight, bias, activation, dtype, keep):
     """The output, and the pre-activation if the backward will need it."""
     N, K = weight.shape
     rows = _rows(input, K)
+    if _multiplied_by_torch(rows, dtype, keep, N):
+        output, preact = _forward_around_torch(rows, weight, bias, activation, dtype)
+        return output.view(*input.shape[:-1], N), preact if keep and activation else None
     # No view of another tensor: callers may change it in place.
     output = _arena.empty((*input.shape[:-1], N), dtype, input)
     preact = _arena.empty((rows.shape[0], N), dtype, input) if keep and activation else None
@@ -161,6 +164,8 @@ def backward(activation, preact, wanted, grad_output, input, weight, bias, add=N
     """Gradients of input (plus ``add``), weight and bias, None where not wanted; ``output`` is written once more."""
     N, K = weight.shape
     rows, grads = _rows(input, K), _rows(grad_output, N)
+    if _multiplied_by_torch(grads, grads.dtype, True, N, K):
+        return _backward_around_torch(activation, preact, wanted, grads, rows, weight, bias, add, output, input.shape)
     grad_input = _arena.empty_like(rows) if wanted[0] else None
     grad_weight = _arena.empty_like(weight, kind=_arena.GRADIENT) if wanted[1] else None
     grad_bias = bias.new_empty(N) if wanted[2] else None
@@ -178,6 +183,50 @@ def backward(activation, preact, wanted, grad_output, input, weight, bias, add=N
         *_for_tensor_cores(wanted, grads, preact, weight),
     )
     return None if grad_input is None else grad_input.view(input.shape), grad_weight, grad_bias
+
+
+# ---- on CUDA: PyTorch's products with our kernel before or after them
+
+
+def _multiplied_by_torch(rows, dtype, train, N, K=None):
+    """Whether the product is PyTorch's: on GPUs, unless ours was measured to be faster there."""
+    if not rows.is_cuda or _choice.backend() == "fastft":
+        return False
+    return _choice.slower("linear_act", "cuda", dtype, train, (len(rows), K or rows.shape[1], N), True)
+
+
+def _forward_around_torch(rows, weight, bias, activation, dtype):
+    """The output and the pre-activation, which is the same where the activation is the identity."""
+    with torch.autocast(rows.device.type, enabled=False):
+        preact = torch.nn.functional.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
+    if not activation:
+        return preact, preact
+    output = torch.empty_like(preact)
+    # Of a backward nothing is wanted but the activation made again.
+    torch.ops.fastft.linear_act_backward(
+        *(None, None, None, preact, preact, rows, weight.contiguous(), activation, None, output)
+    )
+    return output, preact
+
+
+def _backward_around_torch(activation, preact, wanted, grads, rows, weight, bias, add, output, shape):
+    if preact is not None:
+        grad_preact = torch.empty_like(preact)
+        torch.ops.fastft.linear_act_backward(
+            *(None, None, None, grads, preact, rows, weight.contiguous(), activation),
+            *(None, output, None, grad_preact, None),
+        )
+        grads = grad_preact
+    grad_input = grad_weight = grad_bias = None
+    with torch.autocast(grads.device.type, enabled=False):
+        if wanted[0]:
+            low = weight.to(grads.dtype)
+            grad_input = (grads @ low if add is None else torch.addmm(add, grads, low)).view(shape)
+        if wanted[1]:
+            grad_weight = (grads.T @ rows).to(weight.dtype)
+    if wanted[2]:
+        grad_bias = grads.sum(0, dtype=torch.promote_types(grads.dtype, torch.float32)).to(bias.dtype)
+    return grad_input, grad_weight, grad_bias
 
 
 # ---- what CUDA's tensor cores need beside: csrc/cuda/gemm_sm80.cu

@@ -52,18 +52,22 @@ WATCHED = {
 }
 
 
+HALF = (torch.bfloat16, torch.float16)
+
+
 # ---- what csrc/binding does: arguments of an op -> tensors of dtypes T and W, fields of the kernel's argument struct
 
 
 def linear_act_forward(y, z, x, w, b, activation, low=None):
-    if w.dtype != x.dtype:  # Python makes this for CUDA tensors only, and so for the backward
+    if x.dtype in HALF:  # Python makes this for CUDA tensors only, and so for the backward
         low = w.to(x.dtype)
     return (x, w), (y, z, x, w, b, len(x), *w.shape, activation, None, low)
 
 
 def linear_act_backward(dx, dw, db, dy, z, x, w, activation, add=None, y=None, low=None, dz=None, partial=None):
-    if dy.dtype in (torch.bfloat16, torch.float16):
-        low, dz, partial = workspaces([t is not None for t in (dx, dw, db)], dy, z, w)
+    if dy.dtype in HALF and any(t is not None for t in (dx, dw, db)):
+        _, dz, partial = workspaces([t is not None for t in (dx, dw, db)], dy, z, w)
+        low = w.to(dy.dtype)
     tensors, sizes = (dx, dw, db, dy, z, x, w), (len(x), *w.shape, activation)
     parts = 1 if partial is None else len(partial)
     return (x, w), (*tensors, *sizes, add, y, None, None, None, low, dz, partial, parts)
