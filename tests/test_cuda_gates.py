@@ -40,6 +40,11 @@ TABLE = {
     "cross_entropy.cu backward_kernel": Kernel(256, (40, 32), stack=8),
     "cross_entropy.cu reduce_kernel": Kernel(256, (48, 48)),
     "cross_entropy.cu forward_kernel": Kernel(256, (24, 24)),
+    "embedding.cu embedding_backward_kernel": Kernel(128, (20, 20), stack=16),
+    "embedding.cu embedding_forward_kernel": Kernel(128, (24, 24), stack=16),
+    "embedding.cu embedding_partial_kernel": Kernel(32, (32, 32), stack=16),
+    "embedding.cu embedding_scatter_kernel": Kernel(128, (64, 64)),
+    "embedding.cu embedding_sum_kernel": Kernel(128, (64, 64)),
     "gemm_sm80.cu add_splits_kernel": Kernel(128, (64, 64)),
     "gemm_sm80.cu product_kernel": Kernel(128, (8, 8), dynamic=81920, tensor_cores=True, wide=True),
     "gemm_sm80.cu grad_preact_kernel": Kernel(128, (40, 40), wide=True),
@@ -48,7 +53,7 @@ TABLE = {
     "layer_norm.cu layer_norm_backward_kernel": Kernel(128, (32, 32), stack=16),
     "layer_norm.cu layer_norm_forward_kernel": Kernel(128, (28, 32), stack=16),
     "linear_act.cu column_sums_kernel": Kernel(256, (64, 64)),
-    "linear_act.cu activation_kernel": Kernel(256, (64, 64)),
+    "linear_act.cu grad_preact_kernel": Kernel(256, (64, 64)),
     "linear_act.cu product_kernel": Kernel(256, (16, 16)),
 }
 
