@@ -6,34 +6,12 @@
 // (stably, so that the order is theirs): nothing is added atomically.
 #include <cassert>
 
-#include "device.cuh"
-#include "philox.h"
+#include "dropout.cuh"
 
 namespace fastft::cuda {
 namespace {
 
 constexpr int kRowsPerBlock = 4;  // warps
-constexpr int kSlots = kDropoutGroup / kWarp;
-
-// Calls body(column, dropout's factor) for the columns of this lane: those of half of one call's slots in each group.
-template <class Acc, class Body>
-__device__ void for_columns(int64_t row, int64_t H, const int64_t* seed, int64_t threshold, int64_t use,
-                            const Body& body) {
-  const int lane = threadIdx.x % kDropoutLanes, half = threadIdx.x / kDropoutLanes;
-  const Acc scale = Acc(dropout_scale(threshold));
-  const int64_t groups = dropout_groups(H);
-  for (int64_t group = 0; group < groups; ++group) {
-    Acc factors[kSlots];
-    if (seed) {
-      const DropoutCall call(*seed, use, (row * groups + group) * kDropoutLanes + lane);
-      for (int i = 0; i < kSlots; ++i) factors[i] = call.number(half * kSlots + i) >= threshold ? scale : Acc(0);
-    }
-    for (int i = 0; i < kSlots; ++i) {
-      const int64_t j = group * kDropoutGroup + (half * kSlots + i) * kDropoutLanes + lane;
-      if (j < H) body(j, seed ? factors[i] : Acc(1));
-    }
-  }
-}
 
 // The sum of the tables' rows at column j.
 template <class Acc, class Args>
@@ -108,24 +86,25 @@ __global__ void embedding_partial_kernel(EmbeddingBackward<T, W> p) {
   const int64_t groups = dropout_groups(p.H), chunk = blockIdx.x / groups, group = blockIdx.x % groups;
   const int lane = threadIdx.x % kDropoutLanes, half = threadIdx.x / kDropoutLanes;
   const Acc scale = Acc(dropout_scale(p.threshold));
-  Acc dw[kSlots] = {}, db[kSlots] = {};
+  Acc dw[kSlotsOfLane] = {}, db[kSlotsOfLane] = {};
   for (int64_t row = chunk * kSumRows; row < p.M && row < (chunk + 1) * kSumRows; ++row) {
     check_ids(p, row);
-    Acc factors[kSlots];
+    Acc factors[kSlotsOfLane];
     if (p.seed) {
       const DropoutCall call(*p.seed, p.use, (row * groups + group) * kDropoutLanes + lane);
-      for (int i = 0; i < kSlots; ++i) factors[i] = call.number(half * kSlots + i) >= p.threshold ? scale : Acc(0);
+      for (int i = 0; i < kSlotsOfLane; ++i)
+        factors[i] = call.number(half * kSlotsOfLane + i) >= p.threshold ? scale : Acc(0);
     }
-    for (int i = 0; i < kSlots; ++i) {
-      const int64_t j = group * kDropoutGroup + (half * kSlots + i) * kDropoutLanes + lane;
+    for (int i = 0; i < kSlotsOfLane; ++i) {
+      const int64_t j = group * kDropoutGroup + (half * kSlotsOfLane + i) * kDropoutLanes + lane;
       if (j >= p.H) continue;
       const Acc dy = Acc(to_float(p.dy[row * p.H + j])) * (p.seed ? factors[i] : Acc(1));
       dw[i] += dy * (sum_at<Acc>(p, row, j) - p.mean[row]) * p.rstd[row];
       db[i] += dy;
     }
   }
-  for (int i = 0; i < kSlots; ++i) {
-    const int64_t j = group * kDropoutGroup + (half * kSlots + i) * kDropoutLanes + lane;
+  for (int i = 0; i < kSlotsOfLane; ++i) {
+    const int64_t j = group * kDropoutGroup + (half * kSlotsOfLane + i) * kDropoutLanes + lane;
     if (j >= p.H) continue;
     p.partial[chunk * 2 * p.H + j] = dw[i];
     p.partial[(chunk * 2 + 1) * p.H + j] = db[i];

@@ -3,34 +3,12 @@
 // Moves M H (sizeof(T) + 3 sizeof(W)) bytes each way, the backward 2 M H sizeof(W) more for dw and db: at 3 TB/s 15 us for 4096 x 768 in bf16 with an fp32 residual.
 // One warp per row. A lane takes the columns of one call of Philox's: half of its eight slots, in each group of 128 columns; so 16 neighbours read 16
 // neighbours. Rows are read again rather than held, since H has no bound.
-#include "device.cuh"
-#include "philox.h"
+#include "dropout.cuh"
 
 namespace fastft::cuda {
 namespace {
 
 constexpr int kRowsPerBlock = 4;  // warps
-constexpr int kSlots = kDropoutGroup / kWarp;
-
-// Calls body(column, dropout's factor) for the columns of this lane.
-template <class Acc, class Body>
-__device__ void for_columns(int64_t row, int64_t H, const int64_t* seed, int64_t threshold, int64_t use,
-                            const Body& body) {
-  const int lane = threadIdx.x % kDropoutLanes, half = threadIdx.x / kDropoutLanes;
-  const Acc scale = Acc(dropout_scale(threshold));
-  const int64_t groups = dropout_groups(H);
-  for (int64_t group = 0; group < groups; ++group) {
-    Acc factors[kSlots];
-    if (seed) {
-      const DropoutCall call(*seed, use, (row * groups + group) * kDropoutLanes + lane);
-      for (int i = 0; i < kSlots; ++i) factors[i] = call.number(half * kSlots + i) >= threshold ? scale : Acc(0);
-    }
-    for (int i = 0; i < kSlots; ++i) {
-      const int64_t j = group * kDropoutGroup + (half * kSlots + i) * kDropoutLanes + lane;
-      if (j < H) body(j, seed ? factors[i] : Acc(1));
-    }
-  }
-}
 
 template <class T, class W>
 __global__ void layer_norm_forward_kernel(LayerNormForward<T, W> p) {

@@ -237,6 +237,7 @@ def cuda_on_cpu(order: int | None = None, widen: bool = False):
         yield names
 
 
+LARGEST_COPY = 1 << 30  # bytes; what spans more is given as it is, since hardly any of it is memory yet
 turns = itertools.count()
 turn = 0
 
@@ -249,8 +250,9 @@ def run(names, order, widen, op, *args):
     widen = widen and parameters.itemsize == 2 and not op.startswith("linear_act")  # for which Python rounds the weight
     names.append(f"{op}_{SUFFIXES[activations.dtype, torch.float32 if widen else parameters.dtype]}")
     fields = [to_numpy(field) if isinstance(field, torch.Tensor) else field for field in fields]
-    copies = [placed(f, move=turn % 2) if isinstance(f, numpy.ndarray) else f for f in fields]
-    befores = [bits(copy).copy() if isinstance(copy, numpy.ndarray) else None for copy in copies]
+    copied = [isinstance(field, numpy.ndarray) and field.nbytes < LARGEST_COPY for field in fields]
+    copies = [placed(f, move=turn % 2) if copy else f for f, copy in zip(fields, copied, strict=True)]
+    befores = [bits(f).copy() if copy else None for f, copy in zip(copies, copied, strict=True)]
     kernels().set_order(turn % ORDERS if order is None else order)
     call = widened if widen else lambda kernel, copies: kernel(*copies)
     call(getattr(kernels(), names[-1]), copies)
