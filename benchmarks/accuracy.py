@@ -25,8 +25,7 @@ PROVIDERS = {  # whether our kernels run, and the probability of dropout
     report.FASTFT: (True, 0.1),
     report.CONTROL: (True, 0.3),
 }
-SETTINGS = ("steps", "batch_size", "texts", "held_out", "learning_rate")
-RUN = (*SETTINGS, "seed", "provider")  # what tells runs apart
+RUN = (*report.SETTINGS, "seed", "provider")  # what tells runs apart
 TEXTS, HELD_OUT, LAST = 6400, 4000, 50
 
 
@@ -37,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     wanted = list(itertools.product(options.seed or range(5), options.only or PROVIDERS))
-    settings = {name: getattr(options, name) for name in SETTINGS}
+    settings = {name: getattr(options, name) for name in report.SETTINGS}
     rows = [row for row in (report.saved("accuracy") if options.add else ()) if row.items() >= settings.items()]
     done = {(row["seed"], row["provider"]) for row in rows}
     missing = [run for run in wanted if run not in done]

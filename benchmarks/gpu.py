@@ -157,12 +157,9 @@ def _check_model(device: str, autocast: torch.dtype | None) -> None:
     import fastft
 
     cell = Cell("tiny", 8, 32, "float32", "uneven")
-    stock = cell.classifier().to(device).train()
-    for module in stock.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    ours = fastft.optimize(cell.classifier().to(device).train(), cls_only=False)
-    for module in ours.modules():
+    stock, ours = (cell.classifier().to(device).train() for _ in range(2))
+    fastft.optimize(ours, cls_only=False)
+    for module in (*stock.modules(), *ours.modules()):
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     error.check_model(ours, stock, lambda seed: cell.tensors(device), autocast)

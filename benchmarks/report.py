@@ -20,6 +20,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 
 STOCK, FASTFT, CONTROL = "stock", "fastft", "fastft, dropout 0.3"  # what benchmarks.accuracy runs
+SETTINGS = ("steps", "batch_size", "texts", "held_out", "learning_rate")  # of its runs, without seed and provider
 ERRORS = 3  # standard errors by which means of paired differences may be off
 
 Row = Mapping[str, Any]
@@ -297,7 +298,7 @@ def _accuracy_settings(rows: Sequence[Row]) -> list[list[Row]]:
     """Runs that differ in seed and provider only belong together."""
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
-        key = tuple(row[name] for name in ("steps", "batch_size", "texts", "held_out", "learning_rate"))
+        key = tuple(row[name] for name in SETTINGS)
         groups.setdefault(key, []).append(row)
     return list(groups.values())
 

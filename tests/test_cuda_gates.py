@@ -44,7 +44,6 @@ TABLE = {
     "embedding.cu embedding_forward_kernel": Kernel(128, (24, 24), stack=16),
     "embedding.cu embedding_partial_kernel": Kernel(32, (32, 32), stack=16),
     "embedding.cu embedding_scatter_kernel": Kernel(128, (64, 64)),
-    "embedding.cu embedding_sum_kernel": Kernel(128, (64, 64)),
     "gemm_sm80.cu add_splits_kernel": Kernel(128, (64, 64)),
     "gemm_sm80.cu product_kernel": Kernel(128, (8, 8), dynamic=81920, tensor_cores=True, wide=True),
     "gemm_sm80.cu grad_preact_kernel": Kernel(128, (40, 40), wide=True),

@@ -33,7 +33,23 @@ constexpr float kInfinity = HUGE_VALF;
 // Which tensors are read and written 16 bytes at a time.
 struct InChunks {
   bool q, k, v, o, dy, dq, dk, dv;
+
+  template <class Args>
+  explicit InChunks(const Args& p) : q(), k(), v(), o(), dy(), dq(), dk(), dv() {
+    q = in_chunks(p.q, p.D, p.q_batch, p.q_head, p.q_token);
+    k = in_chunks(p.k, p.D, p.k_batch, p.k_head, p.k_token);
+    v = in_chunks(p.v, p.D, p.v_batch, p.v_head, p.v_token);
+  }
 };
+
+// Starts to bring a tile of keys and one of values, from row j on.
+template <int kHead, class T, class Args>
+__device__ void load_keys(T* of_k, T* of_v, const Args& p, const Sequence& at, int64_t j, InChunks chunks) {
+  load_tile<kRows, kHead, kThreads>(of_k, at.key(p, p.k, p.k_batch, p.k_head, p.k_token, j), p.k_token, at.keys - j,
+                                    p.D, chunks.k);
+  load_tile<kRows, kHead, kThreads>(of_v, at.key(p, p.v, p.v_batch, p.v_head, p.v_token, j), p.v_token, at.keys - j,
+                                    p.D, chunks.v);
+}
 
 // exp(x) for x <= 0, or hardly above: good to what T keeps of it
 template <class T>
@@ -201,10 +217,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const auto start = [&](int64_t tile) {
     const int64_t j = tile * kRows;
     const int at_tile = int(tile % kStages<kHead>) * kTile;
-    load_tile<kRows, kHead, kThreads>(of_k + at_tile, at.key(p, p.k, p.k_batch, p.k_head, p.k_token, j), p.k_token,
-                                      at.keys - j, p.D, chunks.k);
-    load_tile<kRows, kHead, kThreads>(of_v + at_tile, at.key(p, p.v, p.v_batch, p.v_head, p.v_token, j), p.v_token,
-                                      at.keys - j, p.D, chunks.v);
+    load_keys<kHead>(of_k + at_tile, of_v + at_tile, p, at, j, chunks);
     cp_async_commit();
   };
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
@@ -318,10 +331,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const auto start = [&](int64_t step) {
     const int64_t j = step % tiles * kRows;
     const int at_tile = int(step % kStages<kHead>) * kTile;
-    load_tile<kRows, kHead, kThreads>(of_k + at_tile, at.key(p, p.k, p.k_batch, p.k_head, p.k_token, j), p.k_token,
-                                      at.keys - j, p.D, chunks.k);
-    load_tile<kRows, kHead, kThreads>(of_v + at_tile, at.key(p, p.v, p.v_batch, p.v_head, p.v_token, j), p.v_token,
-                                      at.keys - j, p.D, chunks.v);
+    load_keys<kHead>(of_k + at_tile, of_v + at_tile, p, at, j, chunks);
     cp_async_commit();
   };
   load_tile<kRows, kHead, kThreads>(of_q, at.query(p, p.q, p.q_batch, p.q_head, p.q_token, first), p.q_token,
@@ -428,10 +438,7 @@ __global__ void __launch_bounds__(kThreads, 2)
                                          p.dy_token, at.queries - i, p.D, chunks.dy);
     cp_async_commit();
   };
-  load_tile<kRows, kHead, kThreads>(of_k, at.key(p, p.k, p.k_batch, p.k_head, p.k_token, first), p.k_token,
-                                    at.keys - first, p.D, chunks.k);
-  load_tile<kRows, kHead, kThreads>(of_v, at.key(p, p.v, p.v_batch, p.v_head, p.v_token, first), p.v_token,
-                                    at.keys - first, p.D, chunks.v);
+  load_keys<kHead>(of_k, of_v, p, at, first, chunks);
   if (begin < end)
     start(begin);
   else
@@ -525,10 +532,7 @@ void backward(const AttentionBackward<T, T>& p, bool float_bias, InChunks chunks
 template <class T, class W>
 void tensor_attention_forward(const AttentionForward<T, W>& given, Stream stream) {
   const AttentionForward<T, T> p = erased(given);
-  InChunks chunks{};
-  chunks.q = in_chunks(p.q, p.D, p.q_batch, p.q_head, p.q_token);
-  chunks.k = in_chunks(p.k, p.D, p.k_batch, p.k_head, p.k_token);
-  chunks.v = in_chunks(p.v, p.D, p.v_batch, p.v_head, p.v_token);
+  InChunks chunks(p);
   chunks.o = in_chunks(p.o, p.D, p.o_batch, p.o_head, p.o_token);
   constexpr bool kFloatBias = !std::is_same_v<T, W>;
   p.D <= 64 ? forward<64>(p, kFloatBias, chunks, stream) : forward<128>(p, kFloatBias, chunks, stream);
@@ -537,10 +541,7 @@ void tensor_attention_forward(const AttentionForward<T, W>& given, Stream stream
 template <class T, class W>
 void tensor_attention_backward(const AttentionBackward<T, W>& given, Stream stream) {
   const AttentionBackward<T, T> p = erased(given);
-  InChunks chunks{};
-  chunks.q = in_chunks(p.q, p.D, p.q_batch, p.q_head, p.q_token);
-  chunks.k = in_chunks(p.k, p.D, p.k_batch, p.k_head, p.k_token);
-  chunks.v = in_chunks(p.v, p.D, p.v_batch, p.v_head, p.v_token);
+  InChunks chunks(p);
   chunks.dy = in_chunks(p.dy, p.D, p.dy_batch, p.dy_head, p.dy_token);
   chunks.dq = in_chunks(p.dq, p.D, p.dq_batch, p.dq_head, p.dq_token);
   chunks.dk = in_chunks(p.dk, p.D, p.dk_batch, p.dk_head, p.dk_token);

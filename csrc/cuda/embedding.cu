@@ -6,12 +6,10 @@
 // (stably, so that the order is theirs): nothing is added atomically.
 #include <cassert>
 
-#include "dropout.cuh"
+#include "row_norm.cuh"
 
 namespace fastft::cuda {
 namespace {
-
-constexpr int kRowsPerBlock = 4;  // warps
 
 // The sum of the tables' rows at column j.
 template <class Acc, class Args>
@@ -34,25 +32,19 @@ __global__ void embedding_forward_kernel(EmbeddingForward<T, W> p) {
   const int64_t row = int64_t(blockIdx.x) * kRowsPerBlock + threadIdx.y;
   if (row >= p.M) return;  // a whole warp leaves
   check_ids(p, row);
+  const auto each = [&](const auto& body) {
+    for (int64_t j = threadIdx.x; j < p.H; j += kWarp) body(j, sum_at<Acc>(p, row, j));
+  };
   Acc total = 0;
-  for (int64_t j = threadIdx.x; j < p.H; j += kWarp) total += sum_at<Acc>(p, row, j);
-  const Acc about = warp_reduce(total, Sum()) / Acc(p.H);  // as in layer_norm.cu
-  Acc rest = 0, squares = 0;
-  for (int64_t j = threadIdx.x; j < p.H; j += kWarp) {
-    const Acc d = sum_at<Acc>(p, row, j) - about;
-    rest += d;
-    squares += d * d;
-  }
-  const Acc shift = warp_reduce(rest, Sum()) / Acc(p.H),
-            variance = warp_reduce(squares, Sum()) / Acc(p.H) - shift * shift;
-  const Acc rstd = Acc(1) / sqrt(variance + Acc(p.eps));
+  each([&](int64_t, Acc value) { total += value; });
+  const RowMoments<Acc> moments = row_moments(total, p.H, p.eps, each);
   for_columns<Acc>(row, p.H, p.seed, p.threshold, p.use, [&](int64_t j, Acc factor) {
-    const Acc n = (sum_at<Acc>(p, row, j) - about - shift) * rstd;
+    const Acc n = (sum_at<Acc>(p, row, j) - moments.about - moments.shift) * moments.rstd;
     p.y[row * p.H + j] = from_float<T>((n * Acc(to_float(p.w[j])) + Acc(to_float(p.b[j]))) * factor);
   });
   if (threadIdx.x == 0) {
-    if (p.mean) p.mean[row] = about + shift;
-    if (p.rstd) p.rstd[row] = rstd;
+    if (p.mean) p.mean[row] = moments.about + moments.shift;
+    if (p.rstd) p.rstd[row] = moments.rstd;
   }
 }
 
@@ -84,48 +76,27 @@ template <class T, class W>
 __global__ void embedding_partial_kernel(EmbeddingBackward<T, W> p) {
   using Acc = Compute<W>;
   const int64_t groups = dropout_groups(p.H), chunk = blockIdx.x / groups, group = blockIdx.x % groups;
-  const int lane = threadIdx.x % kDropoutLanes, half = threadIdx.x / kDropoutLanes;
-  const Acc scale = Acc(dropout_scale(p.threshold));
   Acc dw[kSlotsOfLane] = {}, db[kSlotsOfLane] = {};
   for (int64_t row = chunk * kSumRows; row < p.M && row < (chunk + 1) * kSumRows; ++row) {
     check_ids(p, row);
-    Acc factors[kSlotsOfLane];
-    if (p.seed) {
-      const DropoutCall call(*p.seed, p.use, (row * groups + group) * kDropoutLanes + lane);
-      for (int i = 0; i < kSlotsOfLane; ++i)
-        factors[i] = call.number(half * kSlotsOfLane + i) >= p.threshold ? scale : Acc(0);
-    }
+    const LaneFactors<Acc> factors(row, group, groups, p.seed, p.threshold, p.use);
     for (int i = 0; i < kSlotsOfLane; ++i) {
-      const int64_t j = group * kDropoutGroup + (half * kSlotsOfLane + i) * kDropoutLanes + lane;
+      const int64_t j = column_of_lane(group, i);
       if (j >= p.H) continue;
-      const Acc dy = Acc(to_float(p.dy[row * p.H + j])) * (p.seed ? factors[i] : Acc(1));
+      const Acc dy = Acc(to_float(p.dy[row * p.H + j])) * factors.of_slot[i];
       dw[i] += dy * (sum_at<Acc>(p, row, j) - p.mean[row]) * p.rstd[row];
       db[i] += dy;
     }
   }
   for (int i = 0; i < kSlotsOfLane; ++i) {
-    const int64_t j = group * kDropoutGroup + (half * kSlotsOfLane + i) * kDropoutLanes + lane;
+    const int64_t j = column_of_lane(group, i);
     if (j >= p.H) continue;
     p.partial[chunk * 2 * p.H + j] = dw[i];
     p.partial[(chunk * 2 + 1) * p.H + j] = db[i];
   }
 }
 
-constexpr int kColumns = 128;  // threads of the two kernels below
-
-template <class T, class W>
-__global__ void embedding_sum_kernel(EmbeddingBackward<T, W> p, int64_t chunks) {
-  using Acc = Compute<W>;
-  const int64_t j = int64_t(blockIdx.x) * kColumns + threadIdx.x;
-  if (j >= p.H) return;
-  Acc dw = 0, db = 0;
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    dw += p.partial[chunk * 2 * p.H + j];
-    db += p.partial[(chunk * 2 + 1) * p.H + j];
-  }
-  if (p.dw) p.dw[j] = from_float<W>(dw);
-  if (p.db) p.db[j] = from_float<W>(db);
-}
+constexpr int kColumns = 128;  // threads of the kernel below
 
 // A block for each of the sorted ids and kColumns columns; the first of equal ones sums for all.
 template <class T, class W>
@@ -163,7 +134,7 @@ void embedding_backward(const EmbeddingBackward<T, W>& p, Stream stream) {
   if (!p.dw && !p.db) return;
   const int64_t chunks = ceil_div(p.M, kSumRows);
   launch(&embedding_partial_kernel<T, W>, grid_of(chunks * dropout_groups(p.H)), dim3(kWarp), 0, stream, p);
-  launch(&embedding_sum_kernel<T, W>, grid_of(ceil_div(p.H, kColumns)), dim3(kColumns), 0, stream, p, chunks);
+  add_partial_sums(p.dw, p.db, p.partial, chunks, p.H, stream);
 }
 
 template <class T, class W>
