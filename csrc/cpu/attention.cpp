@@ -86,13 +86,15 @@ void store_rows(T* out, int64_t stride, const Acc* in, int64_t strip, int64_t ro
 template <class Tile, class T>
 void pack_depth_major(typename Tile::Unit* out, int64_t panel, const T* b, int64_t stride, int64_t depth,
                       int64_t cols) {
-  pack_panels<Tile>(out, panel, Operand<T>{b, stride, true}, depth, 0, cols, 0, ceil_div(depth, Tile::kPair));
+  constexpr int kCols = kTileCols<Tile>;
+  pack_panels<Tile, kCols, kCols, false>(out, panel, Operand<T>{b, stride, true}, depth, cols, 0, ceil_div(cols, kCols),
+                                         0, ceil_div(depth, Tile::kPair));
 }
 template <class Tile, class T>
 void pack_col_major(typename Tile::Unit* out, int64_t panel, const T* b, int64_t stride, int64_t depth, int64_t cols) {
   for (int64_t col = 0; col < cols; col += kTileCols<Tile>, out += panel)
-    pack_transposed<Tile>(out, Operand<T>{b, stride, false}, depth, col, int(least(cols - col, kTileCols<Tile>)), 0,
-                          ceil_div(depth, Tile::kPair));
+    pack_transposed<Tile, false>(out, Operand<T>{b, stride, false}, depth, col, int(least(cols - col, kTileCols<Tile>)),
+                                 0, ceil_div(depth, Tile::kPair));
 }
 
 // Parts of one block of memory; without a block it only counts.

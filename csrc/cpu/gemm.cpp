@@ -6,12 +6,11 @@ namespace {
 
 template <class Tile>
 constexpr int kPanelLines = (kTileCols<Tile> * int(sizeof(typename Tile::Unit)) + 63) / 64;  // of a step of depth
-constexpr int kPanelRows = (kTileRows + 7) / 8 * 8;    // row stride of a transposed block's panels
+constexpr int kPanelRows = (kTileRows + 7) / 8 * 8;    // row stride of a packed tile of A
 constexpr int64_t kPackDepth = 128, kPackPanels = 16;  // a task of packing B reads runs of 16 panels' width
 constexpr int64_t kBlockTiles = 8, kBlockCols = 768;   // C of a task: at most 8 x 14 x 768 x 4 B = 344 KB of L2
 constexpr int kTasksPerThread = 8;                     // more are not needed for an even load
 constexpr int kRowsAhead = 4;                          // of stores: what is fetched sooner need not be in L1 any more
-constexpr int kCopyDepth = 8;                          // steps of a run of stores into a transposed block's panel
 
 // ---- one task's rows of A, units [from, to) of depth
 
@@ -21,29 +20,6 @@ void copy_rows(typename Tile::Unit* out, Operand<T> a, int64_t K, int64_t row, i
   const int64_t elements = (K < to * P ? K : to * P) - from * P;
   for (int64_t i = 0; i < rows; ++i)
     copy_units<Tile>(out + i * kCopyStride, a.data + (row + i) * a.stride + from * P, elements);
-}
-
-template <class Tile, class T>
-void copy_panels(typename Tile::Unit* out, Operand<T> a, int64_t M, int64_t K, int64_t row, int64_t rows, int64_t from,
-                 int64_t to) {
-  constexpr int P = Tile::kPair;
-  for (int64_t begin = from; begin < to; begin += kCopyDepth) {
-    const int64_t end = begin + kCopyDepth < to ? begin + kCopyDepth : to;
-    for (int64_t i = 0; i < rows; i += kTileRows) {
-      typename Tile::Unit* o = out + i / kTileRows * (kDepth * kPanelRows) + (begin - from) * kPanelRows;
-      // Whole registers read past the tile, into the row's next elements, as long as there are some.
-      const bool whole = row + i + kPanelRows <= M;
-      const int live = int(rows - i < kTileRows ? rows - i : kTileRows);
-      for (int64_t p = begin; p < end; ++p, o += kPanelRows) {
-        const T* in = a.data + p * P * a.stride + row + i;
-        const bool has_next = P * p + 1 < K;
-        if (whole)
-          interleave_units<Tile, true>(o, in, a.stride, has_next, kPanelRows);
-        else
-          interleave_units<Tile, false>(o, in, a.stride, has_next, live);
-      }
-    }
-  }
 }
 
 // Whether whole tiles can take their rows of A from where they lie: units as they are, and so far apart that they leave half of L1, 4096 bytes to a way,
@@ -58,18 +34,15 @@ bool readable_in_place(Operand<T> a, int64_t K) {
 }
 
 // Asks for part `slice` of `slices` of a task's rows of A, units [from, to) of depth, as far as there are any: needed when
-// the depth before it is done, they would otherwise wait for memory (and for page tables, where A is transposed): 1 to 4 % of the product.
+// the depth before it is done, they would otherwise wait for memory: 1 to 4 % of the product.
 template <class Tile, class T>
 void prefetch_rows(Operand<T> a, int64_t K, int64_t row, int64_t rows, int64_t from, int64_t to, int64_t slice,
                    int64_t slices) {
   const int64_t begin = from * Tile::kPair, end = K < to * Tile::kPair ? K : to * Tile::kPair;
-  // Runs along the contiguous dimension: `count` of them, from `first` on.
-  const int64_t count = a.depth_major ? end - begin : rows, length = a.depth_major ? rows : end - begin;
-  const T* const first = a.depth_major ? a.data + begin * a.stride + row : a.data + row * a.stride + begin;
-  for (int64_t i = slice * count / slices; i < (slice + 1) * count / slices; ++i) {
-    const char* const run = reinterpret_cast<const char*>(first + i * a.stride);
-    const char* const end = run + length * int64_t(sizeof(T));
-    for (const char* line = run - uintptr_t(run) % 64; line < end; line += 64) __builtin_prefetch(line);
+  for (int64_t i = slice * rows / slices; i < (slice + 1) * rows / slices; ++i) {
+    const char* const run = reinterpret_cast<const char*>(a.data + (row + i) * a.stride + begin);
+    const char* const end_of_run = run + (end - begin) * int64_t(sizeof(T));
+    for (const char* line = run - uintptr_t(run) % 64; line < end_of_run; line += 64) __builtin_prefetch(line);
   }
 }
 
@@ -92,22 +65,28 @@ inline double task_work(double tiles, double panels) { return tiles * panels + 0
 
 constexpr double kPackWork = 2;  // of a panel over the whole depth: 0.5 tiles' time from L2, 2.5 from memory (Zen 4)
 
-// Packing B: a task is a chunk of the depth of a group of panels.
+struct Chunk {  // panels [first, last), units [from, to) of depth
+  int64_t first, last, from, to;
+};
+
+// Packing B, or a transposed A: a task is a chunk of the depth of a group of panels.
 struct Packing {
-  int64_t depth, panels, chunk, group;
+  int64_t depth, panels, length, group;
   Packing(int64_t depth, int64_t panels, bool depth_major, int threads)
       : depth(depth),
         panels(panels),
-        chunk(depth_major ? kPackDepth : kPackDepth * 8),
+        length(depth_major ? kPackDepth : kPackDepth * 8),
         group(depth_major ? kPackPanels : 1) {
     while (tasks() < 4 * threads && group > 1) group /= 2;  // long runs only where there is enough to share
-    while (tasks() < 4 * threads && chunk > 64) chunk /= 2;
+    while (tasks() < 4 * threads && length > 64) length /= 2;
   }
-  int64_t chunks() const { return ceil_div(depth, chunk); }
+  int64_t chunks() const { return ceil_div(depth, length); }
   int64_t tasks() const { return chunks() * ceil_div(panels, group); }
-  int64_t panel(int64_t task) const { return task / chunks() * group; }  // the first one
-  int64_t from(int64_t task) const { return task % chunks() * chunk; }
-  int64_t to(int64_t task) const { return from(task) + chunk < depth ? from(task) + chunk : depth; }
+  Chunk chunk_of(int64_t task) const {
+    const int64_t first = task / chunks() * group, from = task % chunks() * length;
+    return {first, first + group < panels ? first + group : panels, from,
+            from + length < depth ? from + length : depth};
+  }
 };
 
 }  // namespace
@@ -150,11 +129,13 @@ void run_transposed(const Epilogue<typename Tile::Acc>& epilogue, const typename
   for (int64_t i = 0; i < rows; i += N) {
     for (int u = 0; u < N; u += L)
       for (int v = 0; v < N; v += L)
-        transpose_square<Tile>(square + v * N + u, [&](int j) {
-          Vec<Unit> units;
-          std::memcpy(&units, tiles + (i + u + j) * N + v, sizeof units);
-          return units;
-        });
+        transpose_square<Tile>(
+            [&](int j) {
+              Vec<Unit> units;
+              std::memcpy(&units, tiles + (i + u + j) * N + v, sizeof units);
+              return units;
+            },
+            [&](int j, Vec<Unit> units) { std::memcpy(square + (v + j) * N + u, &units, sizeof units); });
     epilogue.run(epilogue.context, reinterpret_cast<const typename Tile::Acc*>(square), col, row + i, cols,
                  int(rows - i < N ? rows - i : N));
   }
@@ -184,25 +165,36 @@ void product(int64_t M, int64_t N, int64_t K, Operand<TA> a, Operand<TB> b,
   const int64_t row_bytes = a.stride * int64_t(sizeof(TA));
   const char* const a_bytes = reinterpret_cast<const char*>(a.data);
   const bool in_place = readable_in_place<Tile>(a, K);
-  const int64_t tile_units = a.depth_major ? kDepth * kPanelRows : int64_t(kCopyStride) * kTileRows;
+  constexpr int64_t kTileUnits = int64_t(kCopyStride) * kTileRows;
 
-  Unit* const packed = scratch<Unit>(host, part.panels * depth * kCols);
-  const int64_t panel_size = depth * kCols;
-  const Packing packing(depth, part.panels, b.depth_major, host.threads);
-  parallel_for(host, packing.tasks(), [&](int64_t task, int) {
-    const int64_t panel = packing.panel(task), from = packing.from(task), to = packing.to(task);
-    const int64_t col = panel * kCols, most = packing.group * kCols, cols = N - col < most ? N - col : most;
-    if (b.depth_major)
-      pack_panels<Tile>(packed + panel * panel_size, panel_size, b, K, col, cols, from, to);
-    else
-      pack_transposed<Tile>(packed + panel * panel_size, b, K, col, int(cols), from, to);
+  const int64_t panel_size = depth * kCols, a_panel_size = depth * kPanelRows;
+  Unit* const packed = scratch<Unit>(host, part.panels * panel_size);
+  Unit* const packed_a = a.depth_major ? scratch<Unit>(host, part.tiles * a_panel_size) : nullptr;
+  const Packing packing(depth, part.panels, b.depth_major, host.threads),
+      a_packing(depth, a.depth_major ? part.tiles : 0, true, host.threads);
+  parallel_for(host, packing.tasks() + a_packing.tasks(), [&](int64_t task, int) {
+    if (task >= packing.tasks()) {
+      const Chunk chunk = a_packing.chunk_of(task - packing.tasks());
+      pack_panels<Tile, kTileRows, kPanelRows, true>(packed_a, a_panel_size, a, K, M, chunk.first, chunk.last,
+                                                     chunk.from, chunk.to);
+    } else {
+      const Chunk chunk = packing.chunk_of(task);
+      if (b.depth_major)
+        pack_panels<Tile, kCols, kCols, true>(packed, panel_size, b, K, N, chunk.first, chunk.last, chunk.from,
+                                              chunk.to);
+      else
+        pack_transposed<Tile, true>(packed + chunk.first * panel_size, b, K, chunk.first * kCols,
+                                    int(N - chunk.first * kCols < kCols ? N - chunk.first * kCols : kCols), chunk.from,
+                                    chunk.to);
+    }
+    streamed();
   });
 
   // A task's C, beyond whose rows its last square is read.
   const int64_t c_size = part.block_tiles() * part.block_panels() * kTileRows * kCols + kCols * kCols,
-                a_size = part.block_tiles() * tile_units + 64;
+                a_size = part.block_tiles() * kTileUnits;
   Acc* const c_all = scratch<Acc>(host, host.threads * c_size);
-  Unit* const a_all = scratch<Unit>(host, host.threads * a_size);
+  Unit* const a_all = a.depth_major ? nullptr : scratch<Unit>(host, host.threads * a_size);
   parallel_for(host, part.tasks(), [&](int64_t task, int worker) {
     Acc* const c = c_all + worker * c_size;
     Unit* const rows_of_a = a_all + worker * a_size;
@@ -213,36 +205,45 @@ void product(int64_t M, int64_t N, int64_t K, Operand<TA> a, Operand<TB> b,
     int64_t from = 0;
     do {
       const int64_t to = from + kDepth < depth ? from + kDepth : depth;
-      if (a.depth_major) {
-        copy_panels<Tile>(rows_of_a, a, M, K, row0, rows, from, to);
-      } else {
+      if (!a.depth_major) {
         const int64_t left = in_place ? rows / kTileRows : 0;
-        copy_rows<Tile>(rows_of_a + left * tile_units, a, K, row0 + left * kTileRows, rows - left * kTileRows, from,
+        copy_rows<Tile>(rows_of_a + left * kTileUnits, a, K, row0 + left * kTileRows, rows - left * kTileRows, from,
                         to);
       }
       for (int64_t panel = 0; panel < panels; ++panel) {
         const Unit* const b_block = packed + (panel0 + panel) * panel_size + from * kCols;
         const int64_t col = (panel0 + panel) * kCols;
         const int cols = int(N - col < kCols ? N - col : kCols);
-        if (to < depth)
-          prefetch_rows<Tile>(a, K, row0, rows, to, to + kDepth, panel, panels);
-        else
-          prefetch_rows<Tile>(a, K, next_block.row, next_block.rows, 0, kDepth, panel, panels);
+        if (!a.depth_major) {
+          const bool same = to < depth;
+          prefetch_rows<Tile>(a, K, same ? row0 : next_block.row, same ? rows : next_block.rows, same ? to : 0,
+                              same ? to + kDepth : kDepth, panel, panels);
+        }
         const bool finished = to == depth && !transposed;
         Acc* const c_panel = c + panel * tiles * (kTileRows * kCols);
         // The block of B that comes next, of which each step of a tile fetches a line.
-        const char* const next_b = reinterpret_cast<const char*>(
-            panel + 1 < panels ? b_block + panel_size
-                               : packed + panel0 * panel_size + (to < depth ? to : from) * kCols);
+        const char* const next_b =
+            reinterpret_cast<const char*>(panel + 1 < panels ? b_block + panel_size
+                                          : to < depth       ? packed + panel0 * panel_size + to * kCols
+                                                             : packed + next_block.panel * panel_size);
         for (int64_t t = 0; t < tiles; ++t) {
           const int64_t row = row0 + t * kTileRows;
           Acc* const c_tile = c_panel + t * (kTileRows * kCols);
           const int live = int(rows - t * kTileRows < kTileRows ? rows - t * kTileRows : kTileRows);
-          const char* const fetch = next_b + t % kPanelLines<Tile> * (kDepth * 64);
-          const Unit* const copied = rows_of_a + t * tile_units;
+          const char* fetch = next_b + t % kPanelLines<Tile> * (kDepth * 64);
+          if (a.depth_major && t >= kPanelLines<Tile>) {
+            const int64_t left = (panels - 1 - panel) * (tiles - kPanelLines<Tile>)+tiles - 1 - t;
+            if (to < depth ? left < tiles : left < ceil_div(next_block.rows, kTileRows))
+              fetch = reinterpret_cast<const char*>(
+                  packed_a + ((to < depth ? row0 : next_block.row) / kTileRows + left) * a_panel_size +
+                  (to < depth ? to : 0) * kPanelRows);
+          }
+          const Unit* const copied = rows_of_a + t * kTileUnits;
           if (finished) prefetch_for_write(epilogue, row, col, live, cols);
           if (a.depth_major)
-            tile_of_rows<Tile, 1, kPanelRows>(live, c_tile, copied, b_block, to - from, from > 0, fetch);
+            tile_of_rows<Tile, 1, kPanelRows>(live, c_tile,
+                                              packed_a + row / kTileRows * a_panel_size + from * kPanelRows, b_block,
+                                              to - from, from > 0, fetch);
           else if (in_place && live == kTileRows)
             tile<Tile, kTileRows>(
                 c_tile, RowsInPlace<Unit>{a_bytes + row * row_bytes + from * int64_t(sizeof(Unit)), row_bytes}, b_block,
@@ -260,6 +261,7 @@ void product(int64_t M, int64_t N, int64_t K, Operand<TA> a, Operand<TB> b,
       }
       from = to;
     } while (from < depth);
+    streamed();
   });
 }
 
@@ -289,12 +291,16 @@ int64_t tasks_of(GemmQuery q, int phase, double* work, int64_t capacity) {
   if (transposes(q.M, q.N, q.a_depth_major, q.b_depth_major))
     q = {q.N, q.M, q.K, q.is_bf16, !q.b_depth_major, !q.a_depth_major, q.threads};
   const Partition part = partition(q.M, q.N, kTileRows, kTileCols<Tile>, q.threads);
-  const Packing packing(ceil_div(q.K, Tile::kPair), part.panels, q.b_depth_major, q.threads);
-  const int64_t tasks = phase == 0 ? packing.tasks() : part.tasks();
+  const int64_t depth = ceil_div(q.K, Tile::kPair);
+  const Packing packing(depth, part.panels, q.b_depth_major, q.threads),
+      a_packing(depth, q.a_depth_major ? part.tiles : 0, true, q.threads);
+  const int64_t b_tasks = packing.tasks(), tasks = phase == 0 ? b_tasks + a_packing.tasks() : part.tasks();
   for (int64_t task = 0; task < tasks && task < capacity; ++task)
     if (phase == 0) {
-      const int64_t left = part.panels - packing.panel(task), panels = left < packing.group ? left : packing.group;
-      work[task] = kPackWork * double(panels) * double(packing.to(task) - packing.from(task)) / double(packing.depth);
+      const bool of_a = task >= b_tasks;
+      const Chunk chunk = of_a ? a_packing.chunk_of(task - b_tasks) : packing.chunk_of(task);
+      work[task] = kPackWork * double(chunk.last - chunk.first) * double(chunk.to - chunk.from) / double(depth) *
+                   (of_a ? double(kTileRows) / kTileCols<Tile> : 1);
     } else {
       const int64_t row = task / part.col_blocks, col = task % part.col_blocks;
       work[task] = task_work(double(part.first_tile(row + 1) - part.first_tile(row)),

@@ -60,45 +60,58 @@ inline Vec<typename Tile::Unit> load_units(const T* in) {
   }
 }
 
-// One unit of depth for `outer` neighbours, from depth-major data: row p, or rows 2p and 2p + 1 interleaved. kWhole: `outer` is a whole number of
-// registers; otherwise the last register is padded with zeros, and stored whole.
-template <class Tile, bool kWhole, class T>
-inline void interleave_units(typename Tile::Unit* out, const T* in, int64_t stride, bool has_next, int outer) {
-  using Acc = typename Tile::Acc;
-  constexpr int L = kLanes<Acc>;
-  const auto units = [&](int j, auto... n) {
-    if constexpr (Tile::kPair == 1) {
-      (void)stride, (void)has_next;
-      store(reinterpret_cast<Acc*>(out) + j, load(in + j, n...));
-    } else {
-      Vec<uint32_t> pair = load_bits(in + j, n...);
-      if (has_next) pair |= load_bits(in + stride + j, n...) << 16;
-      std::memcpy(out + j, &pair, sizeof pair);
-    }
-  };
-  int j = 0;
-  for (; j + L <= outer; j += L) units(j);
-  if constexpr (!kWhole)
-    if (j < outer) units(j, outer - j);
+// ---- packing into panels [depth][kStride], `panel_size` units apart: units [from, to) of depth. Large ones are written past the caches (the caller ends
+// with streamed()), since fetching first what is overwritten takes twice the time.
+
+template <bool kPastCaches, class V, class T>
+inline void put_units(T* p, V v) {
+  if constexpr (kPastCaches)
+    stream(p, v);
+  else
+    std::memcpy(p, &v, sizeof v);
 }
 
-// ---- packing of B: units [from, to) of depth
+// One unit of depth for a register of neighbours, or for the first n, from depth-major data: row p, or rows 2p and 2p + 1 interleaved.
+template <class Tile, class T, class... Some>
+inline Vec<typename Tile::Unit> interleave_units(const T* in, int64_t stride, bool has_next, Some... n) {
+  if constexpr (Tile::kPair == 1) {
+    (void)stride, (void)has_next;
+    return load(in, n...);
+  } else {
+    Vec<uint32_t> pair = load_bits(in, n...);
+    if (has_next) pair |= load_bits(in + stride, n...) << 16;
+    return pair;
+  }
+}
 
-// Depth-major: a few panels at a time, so that rows are read in long runs.
-template <class Tile, class T>
-void pack_panels(typename Tile::Unit* out, int64_t panel_size, Operand<T> b, int64_t K, int64_t col, int64_t cols,
-                 int64_t from, int64_t to) {
-  constexpr int N = kTileCols<Tile>, P = Tile::kPair, L = kLanes<typename Tile::Acc>;
-  for (int64_t p = from; p < to; ++p) {
-    const T* row = b.data + p * P * b.stride + col;
-    const bool has_next = P * p + 1 < K;
-    typename Tile::Unit* o = out + p * N;
-    int64_t j = 0;
-    for (; j + N <= cols; j += N, o += panel_size) interleave_units<Tile, true>(o, row + j, b.stride, has_next, N);
-    if (j < cols) {
-      interleave_units<Tile, false>(o, row + j, b.stride, has_next, int(cols - j));
-      for (int64_t k = ceil_div(cols - j, L) * L; k < N; ++k) o[k] = 0;
-    }
+constexpr int kRunDepth = 8;  // steps of depth that one panel gets at a time
+
+// Depth-major: panels [first, last) of kWidth of the `outer` columns each, so many that rows are read in long runs. Columns past the last are zeros;
+// between kWidth and kStride is anything.
+template <class Tile, int kWidth, int kStride, bool kPastCaches, class T>
+void pack_panels(typename Tile::Unit* out, int64_t panel_size, Operand<T> b, int64_t K, int64_t outer, int64_t first,
+                 int64_t last, int64_t from, int64_t to) {
+  constexpr int P = Tile::kPair, L = kLanes<typename Tile::Acc>;
+  const T* const end_of_run = b.data + (last * kWidth < outer ? last * kWidth : outer);
+  for (int64_t begin = from; begin < to; begin += kRunDepth) {
+    const int64_t end = begin + kRunDepth < to ? begin + kRunDepth : to;
+    const int64_t next = end * P, next_end = (end + kRunDepth) * P < K ? (end + kRunDepth) * P : K;
+    for (int64_t p = next; p < next_end; ++p)
+      for (const T* line = b.data + first * kWidth; line < end_of_run; line += 64 / sizeof(T))
+        __builtin_prefetch(line + p * b.stride);
+    for (int64_t panel = first; panel < last; ++panel)
+#pragma GCC unroll 4
+      for (int j = 0; j < kStride; j += L) {
+        const int64_t col = panel * kWidth + j, left = outer - col;
+        typename Tile::Unit* o = out + panel * panel_size + begin * kStride + j;
+        const T* in = b.data + begin * P * b.stride + col;
+        for (int64_t p = begin; p < end; ++p, o += kStride, in += P * b.stride) {
+          const bool has_next = P * p + 1 < K;
+          put_units<kPastCaches>(o, left >= L  ? interleave_units<Tile>(in, b.stride, has_next)
+                                    : left > 0 ? interleave_units<Tile>(in, b.stride, has_next, int(left))
+                                               : Vec<typename Tile::Unit>{});
+        }
+      }
   }
 }
 
@@ -130,9 +143,9 @@ struct Interleave<16, V> {
   }
 };
 
-// out[p * kTileCols + j] = rows(j)[p] of L x L units.
-template <class Tile, class Rows>
-inline void transpose_square(typename Tile::Unit* out, const Rows& rows) {
+// put(p, register) gets rows(j)[p] in lane j, of L x L units.
+template <class Tile, class Rows, class Put>
+inline void transpose_square(const Rows& rows, const Put& put) {
   using Unit = typename Tile::Unit;
   constexpr int L = kLanes<Unit>;
   Vec<Unit> row[L], next[L];
@@ -149,11 +162,11 @@ inline void transpose_square(typename Tile::Unit* out, const Rows& rows) {
     for (int i = 0; i < L; ++i) row[i] = next[i];
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < L; ++i) std::memcpy(out + i * kTileCols<Tile>, &row[i], sizeof row[i]);
+  for (int i = 0; i < L; ++i) put(i, row[i]);
 }
 
 // Depth is contiguous: transposed, L columns by L units of depth at a time, through registers.
-template <class Tile, class T>
+template <class Tile, bool kPastCaches, class T>
 void pack_transposed(typename Tile::Unit* out, Operand<T> b, int64_t K, int64_t col, int cols, int64_t from,
                      int64_t to) {
   using Unit = typename Tile::Unit;
@@ -165,21 +178,22 @@ void pack_transposed(typename Tile::Unit* out, Operand<T> b, int64_t K, int64_t 
       const int64_t units = to - p < L ? to - p : L;
       const int64_t left = K - p * P, elements = left < units * P ? left : units * P;
       Unit* const o = out + p * N + j0;
+      const auto put = [&](int q, Vec<Unit> row) { put_units<kPastCaches>(o + q * N, row); };
       if (live == L && elements == L * P) {
-        transpose_square<Tile>(o, [&](int j) { return load_units<Tile>(in + j * b.stride + p * P); });
+        transpose_square<Tile>([&](int j) { return load_units<Tile>(in + j * b.stride + p * P); }, put);
         continue;
       }
       Unit square[L * L] = {};
       for (int j = 0; j < live; ++j) copy_units<Tile>(square + j * L, in + j * b.stride + p * P, elements);
-      if (units == L)
-        transpose_square<Tile>(o, [&](int j) {
-          Vec<Unit> row;
-          std::memcpy(&row, square + j * L, sizeof row);
-          return row;
-        });
-      else
-        for (int64_t q = 0; q < units; ++q)
-          for (int j = 0; j < L; ++j) o[q * N + j] = square[j * L + q];
+      transpose_square<Tile>(
+          [&](int j) {
+            Vec<Unit> row;
+            std::memcpy(&row, square + j * L, sizeof row);
+            return row;
+          },
+          [&](int q, Vec<Unit> row) {
+            if (q < units) put(q, row);
+          });
     }
   }
 }

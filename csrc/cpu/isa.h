@@ -108,6 +108,17 @@ inline HalfBits to_bf16(Vec<float> x) {
   return __builtin_convertvector(round_bf16(x) >> 16, HalfBits);
 }
 
+inline Vec<uint16_t> to_bf16(Vec<float> low, Vec<float> high) {
+#if defined(FASTFT_ISA_AVX512_BF16)
+  if (__builtin_expect((_mm512_fpclass_ps_mask((__m512)low, 0x20) | _mm512_fpclass_ps_mask((__m512)high, 0x20)) == 0,
+                       1))
+    return (Vec<uint16_t>)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+#endif
+  Vec<uint16_t> upper;  // of each lane
+  for (int i = 0; i < 2 * kLanes<float>; ++i) upper[i] = uint16_t(2 * i + 1);
+  return __builtin_shuffle((Vec<uint16_t>)round_bf16(low), (Vec<uint16_t>)round_bf16(high), upper);
+}
+
 // ---- unaligned loads and stores of a whole register
 inline Vec<float> load(const float* p) {
   Vec<float> v;
@@ -243,6 +254,35 @@ inline void streamed() {
 #if defined(__SSE2__)
   _mm_sfence();
 #endif
+}
+
+// Outputs this large leave the cores' own caches before anybody reads them: then they may as well be streamed.
+constexpr int64_t kStreamBytes = 2 << 20;
+
+// Registers that lie side by side, to p; with `past_caches` p is aligned.
+template <int kCount>
+inline void put(float* p, const Vec<float> (&v)[kCount], bool past_caches) {
+#pragma GCC unroll 4
+  for (int i = 0; i < kCount; ++i)
+    past_caches ? stream(p + i * kLanes<float>, v[i]) : store(p + i * kLanes<float>, v[i]);
+}
+template <int kCount>
+inline void put(double* p, const Vec<double> (&v)[kCount], bool past_caches) {
+#pragma GCC unroll 4
+  for (int i = 0; i < kCount; ++i)
+    past_caches ? stream(p + i * kLanes<double>, v[i]) : store(p + i * kLanes<double>, v[i]);
+}
+template <int kCount>
+inline void put(bf16* p, const Vec<float> (&v)[kCount], bool past_caches) {
+  static_assert(kCount % 2 == 0);
+#pragma GCC unroll 4
+  for (int i = 0; i < kCount; i += 2) {
+    const Vec<uint16_t> both = to_bf16(v[i], v[i + 1]);
+    if (past_caches)
+      stream(p + i * kLanes<float>, both);
+    else
+      std::memcpy(p + i * kLanes<float>, &both, sizeof both);
+  }
 }
 
 // Calls body(j, load/store pair) over n elements: whole registers, then one partial register.

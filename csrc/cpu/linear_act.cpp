@@ -14,6 +14,13 @@
 namespace FASTFT_NAMESPACE {
 namespace {
 
+// Whether a matrix of whole registers' rows, from an aligned address on, is large enough to be streamed.
+template <class T>
+bool streams(const T* data, int64_t rows, int64_t cols) {
+  const int64_t row_bytes = cols * int64_t(sizeof(T));
+  return data && rows * row_bytes >= kStreamBytes && (int64_t(uintptr_t(data)) | row_bytes) % kVectorBytes == 0;
+}
+
 template <class T, int kActivation>
 struct ForwardEpilogue {
   using Acc = Compute<T>;
@@ -21,26 +28,27 @@ struct ForwardEpilogue {
   T* const z;             // or null
   const Acc* const bias;  // (N + kTileCols): tiles are whole; zeros where there is none
   const int64_t N;
+  const bool past_caches;
 
   static void run(const void* context, const Acc* tile, int64_t row, int64_t col, int rows, int cols) {
     const auto& p = *static_cast<const ForwardEpilogue*>(context);
     constexpr int kCols = kTileCols<typename TileFor<T>::type>;
     constexpr int L = kLanes<Acc>;
     const bool whole = cols == kCols;  // else through a buffer, so that there is one copy of the activation
+    const bool past_caches = p.past_caches && whole && col * int64_t(sizeof(T)) % kVectorBytes == 0;
     T y_buffer[kCols], z_buffer[kCols];
     for (int i = 0; i < rows; ++i) {
       const int64_t at = (row + i) * p.N + col;
-      T* const y = whole ? p.y + at : y_buffer;
-      T* const z = whole && p.z ? p.z + at : z_buffer;
+      Vec<Acc> v[kTileVecs];
 #pragma GCC unroll 2
-      for (int j = 0; j < kCols; j += L) {
-        const Vec<Acc> v = load(tile + i * kCols + j) + load(p.bias + col + j);
-        if (p.z) store(z + j, v);
-        store(y + j, Act<kActivation>::f(v));
-      }
+      for (int j = 0; j < kTileVecs; ++j) v[j] = load(tile + i * kCols + j * L) + load(p.bias + col + j * L);
+      if (p.z) put(whole ? p.z + at : z_buffer, v, past_caches);
+#pragma GCC unroll 2
+      for (int j = 0; j < kTileVecs; ++j) v[j] = Act<kActivation>::f(v[j]);
+      put(whole ? p.y + at : y_buffer, v, past_caches);
       if (whole) continue;
-      std::memcpy(p.y + at, y, size_t(cols) * sizeof(T));
-      if (p.z) std::memcpy(p.z + at, z, size_t(cols) * sizeof(T));
+      std::memcpy(p.y + at, y_buffer, size_t(cols) * sizeof(T));
+      if (p.z) std::memcpy(p.z + at, z_buffer, size_t(cols) * sizeof(T));
     }
   }
 };
@@ -51,13 +59,26 @@ struct StoreEpilogue {  // rounds the tile, or its sum with `add`, to the output
   Out* out;
   const Out* add;  // or null
   int64_t stride;
+  bool past_caches;
 
   static void run(const void* context, const Acc* tile, int64_t row, int64_t col, int rows, int cols) {
     const auto& p = *static_cast<const StoreEpilogue*>(context);
+    constexpr int kCols = kTileCols<typename TileFor<T>::type>;
+    const bool past_caches = p.past_caches && col * int64_t(sizeof(Out)) % kVectorBytes == 0;
     for (int i = 0; i < rows; ++i) {
       const int64_t at = (row + i) * p.stride + col;
+      if (cols == kCols) {
+        Vec<Acc> v[kTileVecs];
+#pragma GCC unroll 2
+        for (int j = 0; j < kTileVecs; ++j) {
+          v[j] = load(tile + i * kCols + j * kLanes<Acc>);
+          if (p.add) v[j] += load(p.add + at + j * kLanes<Acc>);
+        }
+        put(p.out + at, v, past_caches);
+        continue;
+      }
       for_lanes<Acc>(cols, [&](int64_t j, auto load_some, auto store_some) {
-        Vec<Acc> value = load(tile + i * kTileCols<typename TileFor<T>::type> + j);
+        Vec<Acc> value = load(tile + i * kCols + j);
         if (p.add) value += load_some(p.add + at + j);
         store_some(p.out + at + j, value);
       });
@@ -136,10 +157,14 @@ void linear_act_forward(const LinearActForward<T, W>& p, const Host& host) {
   for (int64_t j = 0; j < padded; ++j) bias[j] = p.b && j < p.N ? to_float(p.b[j]) : Acc(0);
   dispatch_activation(p.activation, [&](auto activation) {
     constexpr int size = sizeof(T);
-    const ForwardEpilogue<T, activation.value> epilogue{p.y, p.z, bias, p.N};
+    const bool past_caches = streams(p.y, p.M, p.N) && (!p.z || streams(p.z, p.M, p.N));
+    const ForwardEpilogue<T, activation.value> epilogue{p.y, p.z, bias, p.N, past_caches};
     with_input<T, W>(p, [&](const auto* x) {
       gemm<T>(p.M, p.N, p.K, operand(x, p.K, false), Operand<W>{p.w, p.K, false},
-              {&epilogue.run, &epilogue, {{p.y, p.N * size, size}, {p.z, p.N * size, size}}}, host);
+              {&epilogue.run,
+               &epilogue,
+               {{past_caches ? nullptr : p.y, p.N * size, size}, {past_caches ? nullptr : p.z, p.N * size, size}}},
+              host);
     });
   });
 }
@@ -158,18 +183,24 @@ void linear_act_backward(const LinearActBackward<T, W>& p, const Host& host) {
   if (p.db) add_up(p.db, sums, chunks, p.N, p.N, host);
   const auto grad_input = [&](auto* dx, const auto* add) {
     using Out = std::remove_pointer_t<decltype(dx)>;
-    const StoreEpilogue<T, Out> epilogue{dx, add, p.K};
+    const StoreEpilogue<T, Out> epilogue{dx, add, p.K, streams(dx, p.M, p.K)};
     gemm<T>(p.M, p.K, p.N, Operand<T>{dz, p.N, false}, Operand<W>{p.w, p.K, true},
-            {&epilogue.run, &epilogue, {{dx, p.K * int64_t(sizeof(Out)), sizeof(Out)}, {}}}, host);
+            {&epilogue.run,
+             &epilogue,
+             {{epilogue.past_caches ? nullptr : dx, p.K * int64_t(sizeof(Out)), sizeof(Out)}, {}}},
+            host);
   };
   if (p.dx) grad_input(p.dx, p.add);
   if constexpr (kTakesFloat<T, W>)
     if (p.dx32) grad_input(p.dx32, p.add32);
   if (p.dw) {
-    const StoreEpilogue<T, W> epilogue{p.dw, nullptr, p.K};
+    const StoreEpilogue<T, W> epilogue{p.dw, nullptr, p.K, streams(p.dw, p.N, p.K)};
     with_input<T, W>(p, [&](const auto* x) {
       gemm<T>(p.N, p.K, p.M, Operand<T>{dz, p.N, true}, operand(x, p.K, true),
-              {&epilogue.run, &epilogue, {{p.dw, p.K * int64_t(sizeof(W)), sizeof(W)}, {}}}, host);
+              {&epilogue.run,
+               &epilogue,
+               {{epilogue.past_caches ? nullptr : p.dw, p.K * int64_t(sizeof(W)), sizeof(W)}, {}}},
+              host);
     });
   }
 }
