@@ -165,6 +165,7 @@ void product(int64_t M, int64_t N, int64_t K, Operand<TA> a, Operand<TB> b,
   const int64_t row_bytes = a.stride * int64_t(sizeof(TA));
   const char* const a_bytes = reinterpret_cast<const char*>(a.data);
   const bool in_place = readable_in_place<Tile>(a, K);
+  const bool fetches = epilogue.writes[0].data || epilogue.writes[1].data;
   constexpr int64_t kTileUnits = int64_t(kCopyStride) * kTileRows;
 
   const int64_t panel_size = depth * kCols, a_panel_size = depth * kPanelRows;
@@ -239,7 +240,7 @@ void product(int64_t M, int64_t N, int64_t K, Operand<TA> a, Operand<TB> b,
                   (to < depth ? to : 0) * kPanelRows);
           }
           const Unit* const copied = rows_of_a + t * kTileUnits;
-          if (finished) prefetch_for_write(epilogue, row, col, live, cols);
+          if (finished && fetches) prefetch_for_write(epilogue, row, col, live, cols);
           if (a.depth_major)
             tile_of_rows<Tile, 1, kPanelRows>(live, c_tile,
                                               packed_a + row / kTileRows * a_panel_size + from * kPanelRows, b_block,
@@ -251,9 +252,10 @@ void product(int64_t M, int64_t N, int64_t K, Operand<TA> a, Operand<TB> b,
           else
             tile_of_rows<Tile, kCopyStride, 1>(live, c_tile, copied, b_block, to - from, from > 0, fetch);
           if (!finished) continue;
-          for (int i = 0; i < live; i += kRowsAhead) {
-            const int some = live - i < kRowsAhead ? live - i : kRowsAhead, next = live - i - some;
-            prefetch_for_write(epilogue, row + i + some, col, next < kRowsAhead ? next : kRowsAhead, cols);
+          const int group = fetches ? kRowsAhead : kTileRows;
+          for (int i = 0; i < live; i += group) {
+            const int some = live - i < group ? live - i : group, next = live - i - some;
+            if (fetches) prefetch_for_write(epilogue, row + i + some, col, next < group ? next : group, cols);
             epilogue.run(epilogue.context, c_tile + i * kCols, row + i, col, some, cols);
           }
         }

@@ -92,13 +92,8 @@ template <class Tile, int kWidth, int kStride, bool kPastCaches, class T>
 void pack_panels(typename Tile::Unit* out, int64_t panel_size, Operand<T> b, int64_t K, int64_t outer, int64_t first,
                  int64_t last, int64_t from, int64_t to) {
   constexpr int P = Tile::kPair, L = kLanes<typename Tile::Acc>;
-  const T* const end_of_run = b.data + (last * kWidth < outer ? last * kWidth : outer);
   for (int64_t begin = from; begin < to; begin += kRunDepth) {
     const int64_t end = begin + kRunDepth < to ? begin + kRunDepth : to;
-    const int64_t next = end * P, next_end = (end + kRunDepth) * P < K ? (end + kRunDepth) * P : K;
-    for (int64_t p = next; p < next_end; ++p)
-      for (const T* line = b.data + first * kWidth; line < end_of_run; line += 64 / sizeof(T))
-        __builtin_prefetch(line + p * b.stride);
     for (int64_t panel = first; panel < last; ++panel)
 #pragma GCC unroll 4
       for (int j = 0; j < kStride; j += L) {
