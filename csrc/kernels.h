@@ -64,12 +64,16 @@ struct LinearActBackward {
   const float* x32 = nullptr;  // in place of x, as in the forward; of its gradient; and of add
   float* dx32 = nullptr;
   const float* add32 = nullptr;
-  // CUDA only. dz is wanted where it is given; tensor cores ask for it where there is a z, and for w as above. Where they
-  // sum dw over `splits` parts of the rows, those partial sums and db's are made in a workspace.
+  // CUDA only. dz is wanted where it is given; the other gradients ask for it where there is a z, tensor cores for w as
+  // above. Where they sum dw over `splits` parts of the rows, those partial sums and db's are made in a workspace. Where x is
+  // act(x_preact), dx becomes the gradient of x_preact, and x is made once more.
   const T* w_low = nullptr;  // (N, K)
   T* dz = nullptr;           // (M, N)
   float* partial = nullptr;  // (splits, N K + N)
   int64_t splits = 1;
+  const T* x_preact = nullptr;  // (M, K) or null
+  T* x_again = nullptr;         // (M, K) or null
+  int x_activation = 0;
 };
 
 // Rows of a partial sum over rows: fixed, so that the sum's order is.
@@ -205,6 +209,9 @@ struct EmbeddingBackward {
   int64_t threshold, use;
 };
 
+// Sorted rows that one warp adds up on CUDA.
+constexpr int64_t kScatterRows = 16;
+
 // Gradient of a table (V, H) of which row ids[m] was taken as row m: each of its rows is the sum of its dh, in their order; row `padding` gets none.
 template <class T, class W>
 struct EmbeddingScatter {
@@ -213,7 +220,8 @@ struct EmbeddingScatter {
   const int64_t* order;  // (M) the row of dh that each of the sorted ids is of; CUDA only
   const T* dh;           // (M, H)
   int64_t M, H, V;
-  int64_t padding;  // or -1
+  int64_t padding;                  // or -1
+  Statistic<W>* partial = nullptr;  // (ceil(M / kScatterRows), 2, H) workspace; CUDA only
 };
 
 // Scaled dot-product attention of N heads: o = dropout(softmax(scale q k^T + mask)) v for each sequence b < B and head.

@@ -95,7 +95,7 @@ __device__ int at_most_a_warp(F n) {
 // ---- kernels
 
 template <class T>
-__global__ void __launch_bounds__(kWarps* kWarp) forward_kernel(AttentionForward<T, T> p, bool float_bias) {
+__global__ void __launch_bounds__(kWarps* kWarp, 4) forward_kernel(AttentionForward<T, T> p, bool float_bias) {
   using F = Compute<T>;
   const Place at(p, p.Sq);
   if (!at.live || at.i >= at.queries) return;  // a whole warp
@@ -142,7 +142,7 @@ __device__ Weight<F> weight_of(const Args& p, const Place& at, int64_t i, int64_
 }
 
 template <class T>
-__global__ void __launch_bounds__(kWarps* kWarp) grad_query_kernel(AttentionBackward<T, T> p, bool float_bias) {
+__global__ void __launch_bounds__(kWarps* kWarp, 4) grad_query_kernel(AttentionBackward<T, T> p, bool float_bias) {
   using F = Compute<T>;
   const Place at(p, p.Sq);
   if (!at.live || at.i >= at.queries) return;
@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(kWarps* kWarp) grad_query_kernel(AttentionBack
 }
 
 template <class T>
-__global__ void __launch_bounds__(kWarps* kWarp) grad_key_kernel(AttentionBackward<T, T> p, bool float_bias) {
+__global__ void __launch_bounds__(kWarps* kWarp, 4) grad_key_kernel(AttentionBackward<T, T> p, bool float_bias) {
   using F = Compute<T>;
   const Place at(p, p.Sk);
   if (!at.live || at.i >= at.keys) return;

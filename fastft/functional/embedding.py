@@ -9,6 +9,8 @@ import torch
 from fastft.functional import _arena, _autograd, _choice, _dropout
 from fastft.functional.layer_norm import ROWS_OF_PARTIAL_SUMS
 
+SORTED_ROWS = 16  # whose sum is one warp's on CUDA: kScatterRows
+
 
 def embedding(input, weight, padding_idx=None):
     """torch.nn.functional.embedding; the gradient is summed in the order of ``input``, on any number of threads.
@@ -172,11 +174,19 @@ def _backward(statistics, dropout, paddings, ids, wanted, grad_output, *tensors)
 def _table_gradient(table, ids, grad_rows, padding):
     """The gradient of a table of which the rows ``ids`` were taken, from theirs."""
     grad, order = _arena.empty(table.shape, table.dtype, table, _arena.GRADIENT), None
+    padding, partial = -1 if padding is None else padding, None
     if not grad_rows.is_cpu:
         grad.zero_()
         ids, order = torch.sort(ids, stable=True)
-    torch.ops.fastft.embedding_scatter(grad, ids, order, grad_rows, -1 if padding is None else padding)
+        partial = sums_of_parts(grad_rows, grad)
+    torch.ops.fastft.embedding_scatter(grad, ids, order, grad_rows, padding, partial)
     return grad
+
+
+def sums_of_parts(grad_rows, grad):
+    """Memory for sums of rows that go on in the next rows of an id."""
+    M, H = grad_rows.shape
+    return grad.new_empty((-(-M // SORTED_ROWS), 2, H), dtype=torch.promote_types(grad.dtype, torch.float32))
 
 
 class _Embedding(torch.autograd.Function):

@@ -25,6 +25,7 @@ import torch
 import setup
 from fastft import _library
 from fastft.functional import _choice
+from fastft.functional.embedding import sums_of_parts
 from fastft.functional.linear_act import workspaces
 
 HERE = Path(__file__).resolve().parent
@@ -64,13 +65,15 @@ def linear_act_forward(y, z, x, w, b, activation, low=None):
     return (x, w), (y, z, x, w, b, len(x), *w.shape, activation, None, low)
 
 
-def linear_act_backward(dx, dw, db, dy, z, x, w, activation, add=None, y=None, low=None, dz=None, partial=None):
-    if dy.dtype in HALF and any(t is not None for t in (dx, dw, db)):
+def linear_act_backward(
+    dx, dw, db, dy, z, x, w, activation, add=None, y=None, low=None, dz=None, partial=None, *through
+):
+    if any(t is not None for t in (dx, dw, db)):
         _, dz, partial = workspaces([t is not None for t in (dx, dw, db)], dy, z, w)
-        low = w.to(dy.dtype)
+        low = w.to(dy.dtype) if dy.dtype in HALF else None
     tensors, sizes = (dx, dw, db, dy, z, x, w), (len(x), *w.shape, activation)
     parts = 1 if partial is None else len(partial)
-    return (x, w), (*tensors, *sizes, add, y, None, None, None, low, dz, partial, parts)
+    return (x, w), (*tensors, *sizes, add, y, None, None, None, low, dz, partial, parts, *(through or (None, None, 0)))
 
 
 def cross_entropy_forward(loss, stats, divisor, row_loss, x, target, w, *options):
@@ -118,11 +121,12 @@ def embedding_backward(
     return (dy, word), (*tensors, *dy.shape, *rows_of(word, position, type), *dropout)
 
 
-def embedding_scatter(dtable, ids, order, dh, padding):
-    if order is None:  # Python sorts, and clears, for CUDA tensors only
+def embedding_scatter(dtable, ids, order, dh, padding, partial):
+    if order is None:  # Python sorts, clears and makes this workspace for CUDA tensors only
         dtable.zero_()
         ids, order = torch.sort(ids, stable=True)
-    return (dh, dtable), (dtable, ids, order, dh, *dh.shape, len(dtable), padding)
+        partial = sums_of_parts(dh, dtable)
+    return (dh, dtable), (dtable, ids, order, dh, *dh.shape, len(dtable), padding, partial)
 
 
 def rows_of(*tables):
