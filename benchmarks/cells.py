@@ -11,6 +11,7 @@ import torch
 
 from benchmarks import report
 from fastft import _library
+from fastft.models.mask import with_lengths
 from fastft.testing.timing import BeatsPeak, Peaks
 
 MODELS = {  # sizes of BertConfig
@@ -73,6 +74,7 @@ class Cell:
             "attention_mask": (places < torch.tensor(self.lengths())[:, None]).long(),
             "labels": torch.randint(2, (self.batch,), generator=generator),
         }
+        tensors["attention_mask"] = with_lengths(tensors["attention_mask"], self.lengths())
         return {name: tensor.to(device) for name, tensor in tensors.items()}
 
     def autocast(self, device: str = "cpu") -> torch.autocast:

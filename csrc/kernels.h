@@ -313,6 +313,27 @@ struct ScaleGrads {
   const W* factor;  // (1) in the device's memory
 };
 
+// Padded sequences and their rows one after the other: row s of sequence b is row cu_seqlens[b] + s of the packed ones, if it
+// is one of the sequence's. CUDA only; rows are copied as they are, and W does not matter. On CUDA a mask that is not that
+// of the sequences fails a device-side assertion.
+template <class T, class W>
+struct PackRows {
+  T* packed;                  // (tokens, H)
+  const T* padded;            // (B, S, H)
+  const uint8_t* present;     // (B, S) or null: 0 at padding
+  const int32_t* cu_seqlens;  // (B + 1)
+  int64_t tokens, B, S, H;
+};
+
+// Zeros are written where there is padding.
+template <class T, class W>
+struct UnpackRows {
+  T* padded;                  // (B, S, H)
+  const T* packed;            // (tokens, H)
+  const int32_t* cu_seqlens;  // (B + 1)
+  int64_t tokens, B, S, H;
+};
+
 // Name of the kernel, name of its arguments. Every line becomes, for each instruction set, an entry of the dispatch table of cpu/isa.cpp
 // (with the pairs of dtypes of FASTFT_CPU_DTYPES), and a function of fastft::cuda.
 #define FASTFT_KERNELS(X)                         \
@@ -330,6 +351,12 @@ struct ScaleGrads {
   X(adamw, AdamW)                                 \
   X(grad_norm, GradNorm)                          \
   X(scale_grads, ScaleGrads)
+
+// With those that are CUDA's alone.
+#define FASTFT_CUDA_KERNELS(X) \
+  FASTFT_KERNELS(X)            \
+  X(pack_rows, PackRows)       \
+  X(unpack_rows, UnpackRows)
 
 // Suffix, T, W.
 #define FASTFT_CPU_DTYPES(X) X(f32, float, float) X(bf16, bf16, bf16) X(bf16_f32, bf16, float) X(f64, double, double)
@@ -385,7 +412,7 @@ namespace cuda {
 #define FASTFT_X(name, Args)  \
   template <class T, class W> \
   void name(const Args<T, W>&, Stream);
-FASTFT_KERNELS(FASTFT_X)
+FASTFT_CUDA_KERNELS(FASTFT_X)
 #undef FASTFT_X
 }  // namespace cuda
 }  // namespace fastft

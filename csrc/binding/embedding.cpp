@@ -162,8 +162,9 @@ void scatter_cuda(Tensor grad_table, Tensor ids, Maybe order, Tensor grad_sum, i
   if (!partial) refuse("partial", "is missing");
   with_dtypes<true>(grad_sum.scalar_type(), grad_table.scalar_type(), [&](auto types) {
     using Y = decltype(types);
-    cuda::embedding_scatter(scatter_args<typename Y::T, typename Y::W>(grad_table, ids, order, grad_sum, padding, partial),
-                            StreamLease(grad_sum));
+    cuda::embedding_scatter(
+        scatter_args<typename Y::T, typename Y::W>(grad_table, ids, order, grad_sum, padding, partial),
+        StreamLease(grad_sum));
   });
 }
 #endif

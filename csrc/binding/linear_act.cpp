@@ -117,12 +117,11 @@ void backward_cuda(std::optional<Tensor> grad_input, std::optional<Tensor> grad_
                    Tensor grad_output, std::optional<Tensor> preact, Tensor input, Tensor weight, int64_t activation,
                    std::optional<Tensor> add, std::optional<Tensor> output, std::optional<Tensor> low_weight,
                    std::optional<Tensor> grad_preact, std::optional<Tensor> partial, std::optional<Tensor> input_preact,
-                  std::optional<Tensor> input_again, int64_t input_activation) {
+                   std::optional<Tensor> input_again, int64_t input_activation) {
   with_dtypes<true>(input.scalar_type(), weight.scalar_type(), [&](auto types) {
     using Y = decltype(types);
     if (grad_input) need_low_weight<typename Y::T, typename Y::W>(low_weight);
-    if (preact && !grad_preact && (grad_input || grad_weight || grad_bias))
-      refuse("grad_preact", "is missing");
+    if (preact && !grad_preact && (grad_input || grad_weight || grad_bias)) refuse("grad_preact", "is missing");
     cuda::linear_act_backward(
         backward_args<typename Y::T, typename Y::W>(grad_input, grad_weight, grad_bias, grad_output, preact, input,
                                                     weight, activation, add, output, low_weight, grad_preact, partial,

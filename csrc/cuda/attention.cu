@@ -66,12 +66,18 @@ __device__ F factor(const Args& p, int64_t row, int64_t key) {
   return int64_t(number) >= p.threshold ? F(dropout_scale(p.threshold)) : F(0);
 }
 
-// sum[e] += over the lanes r < live: weight of r times row(r)[lane + e kWarp]
+// sum[e] += over the lanes r < live: weight of r times row(r)[lane + e kWarp]. Weights go by way of shared memory, which is
+// read as fast as lanes shuffle.
 template <class F, class Row>
 __device__ void add_rows(F (&sum)[kPerLane], F weight, int live, int lane, int64_t D, const Row& row) {
+  __shared__ F of_lanes[kWarps][kWarp];
+  F* const weights = of_lanes[threadIdx.x / kWarp];
+  __syncwarp();  // an earlier call's have been read
+  weights[lane] = weight;
+  __syncwarp();
   F part[kPerLane] = {};
   for (int r = 0; r < live; ++r) {
-    const F w = __shfl_sync(kAllLanes, weight, r);
+    const F w = weights[r];
     const auto* const of_r = row(r);
 #pragma unroll
     for (int e = 0; e < kPerLane; ++e)

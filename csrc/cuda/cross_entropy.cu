@@ -2,8 +2,8 @@
 // Moves 3 M C sizeof(T) bytes for M rows: the forward reads the logits once, the backward reads them and writes dx.
 // A team of 1, 32 or 256 threads works on a row, each by an online softmax over 16 values (8 with soft targets) at a time.
 // They are read and written 16 bytes at a time wherever the row begins: BERT's 30522 classes put most rows off any grid, so
-// that the pieces are those between multiples of 16 bytes, of which only the first and the last are a row's in part. Classes
-// that do not come last are one thread's: then neighbouring threads read neighbouring rows, which is where memory is
+// that whole pieces begin behind the first few classes, and those at both ends are taken one by one. Classes that do not come
+// last are one thread's: then neighbouring threads read neighbouring rows, which is where memory is
 // contiguous. Soft targets are always a warp's: their other kernels would be a third of this file's code. A reduction is a
 // second launch of one block: its order follows from M. Not yet run on a GPU.
 #include <cassert>
@@ -42,42 +42,35 @@ struct Place {
         lane(threadIdx.x % kTeam) {}
 };
 
-// ---- pieces of a row: n classes between multiples of 16 bytes, which are moved at once where they lie side by side
+// ---- a row is whole pieces, n classes between multiples of 16 bytes, and at its two ends the classes that are left; where
+// classes do not lie side by side, or the results on another grid, all of them are
 
 template <int kTeam, class T>
 constexpr int kPiece = kTeam == 1 ? 1 : kWidth<T>;
 
-// How many classes of the row before lie in its first piece.
-template <int n, class T>
-__device__ int before_row(const T* row, int64_t stride) {
-  return stride == 1 ? int(reinterpret_cast<uintptr_t>(row) / sizeof(T) % n) : 0;
-}
+template <int n>
+struct Pieces {
+  int64_t begin, end;  // classes that whole pieces have; with n = 1 all, wherever they lie
+  int64_t left;        // number of the others
 
-template <int n, class T>
-__device__ bool is_vector(const T* row, int64_t c, int64_t C, int64_t stride) {
-  return n > 1 && stride == 1 && c >= 0 && c + n <= C &&
-         reinterpret_cast<uintptr_t>(row + c) % alignof(Vector<T, n>) == 0;
-}
-
-// Classes c to c + n - 1, `missing` where the row has none.
-template <int n, class T>
-__device__ Vector<T, n> piece_of(const T* row, int64_t c, int64_t C, int64_t stride, T missing) {
-  if (is_vector<n>(row, c, C, stride)) return *reinterpret_cast<const Vector<T, n>*>(row + c);
-  Vector<T, n> x;
-#pragma unroll
-  for (int i = 0; i < n; ++i) x.v[i] = c + i >= 0 && c + i < C ? row[(c + i) * stride] : missing;
-  return x;
-}
-
-template <int n, class T>
-__device__ void store_piece(T* row, int64_t c, int64_t C, int64_t stride, const Vector<T, n>& x) {
-  if (is_vector<n>(row, c, C, stride)) {
-    *reinterpret_cast<Vector<T, n>*>(row + c) = x;
-    return;
+  template <class T>
+  __device__ Pieces(const T* row, const T* result, int64_t C, int64_t stride) : begin(0), end(C), left(0) {
+    if (n == 1) return;
+    const auto place = [](const T* at) { return int64_t(reinterpret_cast<uintptr_t>(at) / sizeof(T) % n); };
+    begin = (n - place(row)) % n;
+    end = begin + (C - begin) / n * n;
+    if (stride != 1 || begin > C || (result && place(result) != place(row))) begin = end = 0;
+    left = C - (end - begin);
   }
-#pragma unroll
-  for (int i = 0; i < n; ++i)
-    if (c + i >= 0 && c + i < C) row[(c + i) * stride] = x.v[i];
+  __device__ int64_t class_left(int64_t i) const { return i < begin ? i : i - begin + end; }
+};
+
+template <int n, class T>
+__device__ Vector<T, n> piece_of(const T* row, int64_t c, int64_t stride) {
+  if constexpr (n == 1)
+    return {{row[c * stride]}};
+  else
+    return *reinterpret_cast<const Vector<T, n>*>(row + c);
 }
 
 template <class F, class Args>
@@ -103,20 +96,11 @@ __device__ Target<F> target_of(const Args& p, int64_t row) {
   return {c, F(1 - p.smoothing) * weight, weight, false};
 }
 
-// k of the classes of a piece, zeros where the row has none; uniform: smoothing / C, of the host's division.
-template <int n, class F, class Args>
-__device__ Vector<F, n> soft_targets(const Args& p, F uniform, int64_t at, int64_t c) {
-  Vector<F, n> k;
-#pragma unroll
-  for (int i = 0; i < n; ++i) k.v[i] = uniform;
-  if (p.q) {
-    const auto q = piece_of<n>(p.q + at, c, p.C, p.S, {});
-#pragma unroll
-    for (int i = 0; i < n; ++i) k.v[i] += F(1 - p.smoothing) * F(to_float(q.v[i]));
-  }
-#pragma unroll
-  for (int i = 0; i < n; ++i) k.v[i] *= c + i >= 0 && c + i < p.C ? weight_of<F>(p, c + i) : F(0);
-  return k;
+// k; uniform: smoothing / C, of the host's division.
+template <class F, class Args>
+__device__ F soft_target(const Args& p, F uniform, int64_t at, int64_t c) {
+  const F q = p.q ? F(to_float(p.q[at + c * p.S])) : F(0);
+  return (uniform + F(1 - p.smoothing) * q) * weight_of<F>(p, c);
 }
 
 template <bool kSoft, class F>
@@ -134,7 +118,8 @@ struct Online {
 // ---- kernels
 
 template <int kTeam, bool kSoft, class T, class W>
-__global__ void __launch_bounds__(kThreads, kBlocks<T>) forward_kernel(CrossEntropyForward<T, W> p, Compute<T> uniform) {
+__global__ void __launch_bounds__(kThreads, kBlocks<T>)
+    forward_kernel(CrossEntropyForward<T, W> p, Compute<T> uniform) {
   using F = Compute<T>;
   const Place<kTeam, CrossEntropyForward<T, W>> place(p);
   const int64_t rows = p.N * p.S, row = place.row;
@@ -142,33 +127,47 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) forward_kernel(CrossEntr
 
   constexpr int n = kPiece<kTeam, T>, kPieces = kBlock<kSoft> / n;
   const T* const x = p.x + place.at;
-  const T impossible = from_float<T>(F(-HUGE_VAL));
+  const Pieces<n> whole(x, static_cast<const T*>(nullptr), p.C, p.S);
   Online<kSoft, F> online;
-  for (int64_t c = int64_t(place.lane) * n - before_row<n>(x, p.S); c < p.C; c += kPieces * kTeam * n) {
+  for (int64_t c = whole.begin + int64_t(place.lane) * n; c < whole.end; c += kPieces * kTeam * n) {
+    F values[kPieces][n], top = online.max;
     Vector<T, n> pieces[kPieces];
 #pragma unroll
-    for (int i = 0; i < kPieces; ++i) pieces[i] = piece_of<n>(x, c + i * kTeam * n, p.C, p.S, impossible);
-    F top = online.max;
+    for (int i = 0; i < kPieces; ++i)
+      if (c + i * kTeam * n < whole.end) pieces[i] = piece_of<n>(x, c + i * kTeam * n, p.S);
 #pragma unroll
-    for (int i = 0; i < kPieces * n; ++i) {
-      const F value = to_float(pieces[i / n].v[i % n]);
-      top = value > top ? value : top;
-    }
+    for (int i = 0; i < kPieces; ++i)
+#pragma unroll
+      for (int e = 0; e < n; ++e) {
+        values[i][e] = c + i * kTeam * n < whole.end ? F(to_float(pieces[i].v[e])) : F(-HUGE_VAL);
+        top = values[i][e] > top ? values[i][e] : top;
+      }
     online.raise(top);
     F sum = 0, dot = 0, mass = 0;
 #pragma unroll
-    for (int i = 0; i < kPieces; ++i) {
-      Vector<F, n> k = {};
-      if constexpr (kSoft) k = soft_targets<n>(p, uniform, place.at, c + i * kTeam * n);
+    for (int i = 0; i < kPieces; ++i)
 #pragma unroll
       for (int e = 0; e < n; ++e) {
-        const F below = F(to_float(pieces[i].v[e])) - top;
+        const F below = values[i][e] - top;
         sum += exp(below);
-        const int64_t at = c + i * kTeam * n + e;
-        if (kSoft && at >= 0 && at < p.C) dot += k.v[e] * below, mass += k.v[e];
+        if (kSoft && c + i * kTeam * n < whole.end) {
+          const F k = soft_target(p, uniform, place.at, c + i * kTeam * n + e);
+          dot += k * below, mass += k;
+        }
+      }
+    online.sum += sum, online.dot += dot, online.mass += mass;
+  }
+  if constexpr (n > 1) {
+    for (int64_t i = place.lane; i < whole.left; i += kTeam) {
+      const int64_t c = whole.class_left(i);
+      const F value = to_float(x[c * p.S]);
+      online.raise(value > online.max ? value : online.max);
+      online.sum += exp(value - online.max);
+      if (kSoft) {
+        const F k = soft_target(p, uniform, place.at, c);
+        online.dot += k * (value - online.max), online.mass += k;
       }
     }
-    online.sum += sum, online.dot += dot, online.mass += mass;
   }
   online.raise(team_reduce<kTeam>(online.max, Max()));
   const F log_sum = log(team_reduce<kTeam>(online.sum, Sum()));
@@ -206,7 +205,8 @@ __global__ void __launch_bounds__(kThreads) reduce_kernel(CrossEntropyForward<T,
 }
 
 template <int kTeam, bool kSoft, class T, class W>
-__global__ void __launch_bounds__(kThreads, kBlocks<T>) backward_kernel(CrossEntropyBackward<T, W> p, Compute<T> uniform) {
+__global__ void __launch_bounds__(kThreads, kBlocks<T>)
+    backward_kernel(CrossEntropyBackward<T, W> p, Compute<T> uniform) {
   using F = Compute<T>;
   const Place<kTeam, CrossEntropyBackward<T, W>> place(p);
   const int64_t rows = p.N * p.S, row = place.row;
@@ -218,28 +218,40 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) backward_kernel(CrossEnt
   const F hard = grad * t.hard, softmax = (kSoft ? hard + grad * p.stats[2 * rows + row] : hard) * exp(-log_sum);
   constexpr int n = kPiece<kTeam, T>, kPieces = n > 1 && !kSoft ? 2 : 1;
   const T* const x = p.x + place.at;
-  for (int64_t first = int64_t(place.lane) * n - before_row<n>(x, p.S); first < p.C; first += kPieces * kTeam * n) {
+  T* const dx = p.dx ? p.dx + place.at : nullptr;
+  const auto gradient = [&](T logit, int64_t c) {  // of class c; and of its probability
+    const F below = F(to_float(logit)) - max;
+    F dx = exp(below) * softmax;
+    if (kSoft) dx -= grad * soft_target(p, uniform, place.at, c);
+    if (c == t.index) dx -= hard;
+    if (kSoft && p.dq)
+      p.dq[place.at + c * p.S] = from_float<W>(grad * F(1 - p.smoothing) * weight_of<F>(p, c) * (log_sum - below));
+    return from_float<T>(t.ignored ? F(0) : dx);
+  };
+  const Pieces<n> whole(x, dx, p.C, p.S);
+  for (int64_t from = whole.begin + int64_t(place.lane) * n; from < whole.end; from += kPieces * kTeam * n) {
     Vector<T, n> pieces[kPieces];
 #pragma unroll
-    for (int i = 0; i < kPieces; ++i) pieces[i] = piece_of<n>(x, first + i * kTeam * n, p.C, p.S, {});
+    for (int i = 0; i < kPieces; ++i)
+      if (from + i * kTeam * n < whole.end) pieces[i] = piece_of<n>(x, from + i * kTeam * n, p.S);
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
-      const int64_t c = first + i * kTeam * n;
-      Vector<F, n> k = {};
-      Vector<W, n> dq = {};
-      if constexpr (kSoft) k = soft_targets<n>(p, uniform, place.at, c);
+      const int64_t c = from + i * kTeam * n;
+      if (c >= whole.end) break;
 #pragma unroll
-      for (int e = 0; e < n; ++e) {
-        const F below = F(to_float(pieces[i].v[e])) - max;
-        F dx = exp(below) * softmax;
-        if (kSoft) dx -= grad * k.v[e];
-        if (c + e == t.index) dx -= hard;
-        pieces[i].v[e] = from_float<T>(t.ignored ? F(0) : dx);
-        if (kSoft && p.dq && c + e >= 0 && c + e < p.C)
-          dq.v[e] = from_float<W>(grad * F(1 - p.smoothing) * weight_of<F>(p, c + e) * (log_sum - below));
-      }
-      if (p.dx) store_piece<n>(p.dx + place.at, c, p.C, p.S, pieces[i]);
-      if (kSoft && p.dq) store_piece<n>(p.dq + place.at, c, p.C, p.S, dq);
+      for (int e = 0; e < n; ++e) pieces[i].v[e] = gradient(pieces[i].v[e], c + e);
+      if (!dx) continue;
+      if constexpr (n == 1)
+        dx[c * p.S] = pieces[i].v[0];
+      else
+        *reinterpret_cast<Vector<T, n>*>(dx + c) = pieces[i];
+    }
+  }
+  if constexpr (n > 1) {
+    for (int64_t i = place.lane; i < whole.left; i += kTeam) {
+      const int64_t c = whole.class_left(i);
+      const T result = gradient(x[c * p.S], c);
+      if (dx) dx[c * p.S] = result;
     }
   }
 }
@@ -275,8 +287,7 @@ Compute<T> uniform_of(const Args<T, W>& p) {
 template <class T, class W>
 void cross_entropy_forward(const CrossEntropyForward<T, W>& p, Stream stream) {
   with_team<T>(p, [&](auto team, auto soft, dim3 grid) {
-    launch(forward_kernel<team.value, soft.value, T, W>, grid, kThreads, 0, stream, p,
-           uniform_of(p));
+    launch(forward_kernel<team.value, soft.value, T, W>, grid, kThreads, 0, stream, p, uniform_of(p));
   });
   if (p.reduction != kNone) launch(reduce_kernel<T, W>, dim3(1), kThreads, 0, stream, p);
 }

@@ -4,7 +4,6 @@
 #include <cuda_runtime.h>
 #include <cxxabi.h>
 
-#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <stdexcept>
@@ -84,8 +83,10 @@ struct alignas(n * sizeof(T) < 16 ? n * sizeof(T) : 16) Vector {
 };
 
 // How many neighbours of each of these types are at most 16 bytes.
-template <class... T>
-constexpr int kWidth = 16 / int(std::max({sizeof(T)...}));
+template <class T, class... More>
+constexpr int kWidth = kWidth<T> < kWidth<More...> ? kWidth<T> : kWidth<More...>;
+template <class T>
+constexpr int kWidth<T> = 16 / int(sizeof(T));
 
 // Whether vectors may begin at each of these, of which some may be null.
 template <class... T>

@@ -104,12 +104,13 @@ __global__ void __launch_bounds__(kThreadsOfRows, 4) embedding_backward_kernel(E
 
 // Sums of dropout's factor dy n, and of factor dy.
 template <class T, class W, int n>
-__global__ void __launch_bounds__(kSumWarps* kWarp, sizeof(Compute<W>) == 8 ? 1 : 2) embedding_partial_kernel(EmbeddingBackward<T, W> p) {
+__global__ void __launch_bounds__(kSumWarps* kWarp, sizeof(Compute<W>) == 8 ? 1 : 2)
+    embedding_partial_kernel(EmbeddingBackward<T, W> p) {
   using F = Compute<W>;
-  __shared__ __align__(8) uint8_t calls[kSumWarps][kWarp];
+  __shared__ __align__(8) uint8_t calls[kSumWarps][kCallsOfSpan];
   sum_rows<n>(p.partial, p.M, p.H, [&](OfLane<F>(&sums)[2], int64_t row, int64_t first) {
     __syncwarp();  // the last row's calls have been read
-    const Kept<F> kept = kept_of<F>(calls[threadIdx.y], p, row, first, kWarp);
+    const Kept<F> kept = kept_of<F>(calls[threadIdx.y], p, row, first, kCallsOfSpan);
     const NormalAndGradient<F> x = normal_and_gradient<F, n>(p, Sources<W>(p, row), kept, row, first);
 #pragma unroll
     for (int i = 0; i < kOfLane; ++i) {
@@ -200,12 +201,11 @@ __global__ void __launch_bounds__(kSumWarps* kWarp, 2) embedding_runs_kernel(Emb
 }  // namespace
 
 // ---- launchers
-constexpr dim3 kBlock(kWarp, kRowsPerBlock);
 
 template <class T, class W>
 void embedding_forward(const EmbeddingForward<T, W>& p, Stream stream) {
   with_neighbours<T, W>(p.H, aligned(p.y, p.word, p.position, p.type, p.w, p.b), [&](auto n) {
-    launch(&embedding_forward_kernel<T, W, n.value>, grid_of(ceil_div(p.M, kRowsPerBlock)), kBlock,
+    launch(&embedding_forward_kernel<T, W, n.value>, grid_of(ceil_div(p.M, kRowsPerBlock)), dim3(kWarp, kRowsPerBlock),
            shared_for<OfLane<Compute<W>>>(p), stream, p);
   });
 }
@@ -214,10 +214,11 @@ template <class T, class W>
 void embedding_backward(const EmbeddingBackward<T, W>& p, Stream stream) {
   with_neighbours<T, W>(p.H, aligned(p.dh, p.dy, p.word, p.position, p.type, p.w), [&](auto n) {
     if (p.dh)
-      launch(&embedding_backward_kernel<T, W, n.value>, grid_of(ceil_div(p.M, kRowsPerBlock)), kBlock,
-             shared_for<NormalAndGradient<Compute<W>>>(p), stream, p);
+      launch(&embedding_backward_kernel<T, W, n.value>, grid_of(ceil_div(p.M, kRowsPerBlock)),
+             dim3(kWarp, kRowsPerBlock), shared_for<NormalAndGradient<Compute<W>>>(p), stream, p);
     if (p.dw || p.db)
-      launch(&embedding_partial_kernel<T, W, n.value>, grid_of(sum_blocks(p.M, p.H)), dim3(kWarp, kSumWarps), 0, stream, p);
+      launch(&embedding_partial_kernel<T, W, n.value>, grid_of(sum_blocks(p.M, p.H)), dim3(kWarp, kSumWarps), 0, stream,
+             p);
   });
   if (p.dw || p.db) add_partial_sums(p.dw, p.db, p.partial, ceil_div(p.M, kSumRows), p.H, stream);
 }
@@ -226,7 +227,8 @@ template <class T, class W>
 void embedding_scatter(const EmbeddingScatter<T, W>& p, Stream stream) {
   const int64_t works = ceil_div(p.M, kScatterRows) * ceil_div(p.H, kSpan);
   with_neighbours<T, W>(p.H, aligned(p.dtable, p.dh, p.partial), [&](auto n) {
-    launch(&embedding_scatter_kernel<T, W, n.value>, grid_of(ceil_div(works, kRowsPerBlock)), kBlock, 0, stream, p);
+    launch(&embedding_scatter_kernel<T, W, n.value>, grid_of(ceil_div(works, kRowsPerBlock)),
+           dim3(kWarp, kRowsPerBlock), 0, stream, p);
     launch(&embedding_runs_kernel<T, W, n.value>, grid_of(works), dim3(kWarp, kSumWarps), 0, stream, p);
   });
 }

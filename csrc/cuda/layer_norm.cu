@@ -145,8 +145,8 @@ void layer_norm_backward(const LayerNormBackward<T, W>& p, Stream stream) {
     });
   if (!p.dw && !p.db) return;
   with_neighbours<W, W>(p.H, aligned(p.dy, p.h), [&](auto n) {
-    launch(&layer_norm_partial_kernel<W, n.value>, grid_of(sum_blocks(p.M, p.H)), dim3(kWarp, kSumWarps), 0, stream, p.partial,
-           p.dy, p.h, p.mean, p.rstd, p.M, p.H);
+    launch(&layer_norm_partial_kernel<W, n.value>, grid_of(sum_blocks(p.M, p.H)), dim3(kWarp, kSumWarps), 0, stream,
+           p.partial, p.dy, p.h, p.mean, p.rstd, p.M, p.H);
   });
   add_partial_sums(p.dw, p.db, p.partial, ceil_div(p.M, kSumRows), p.H, stream);
 }

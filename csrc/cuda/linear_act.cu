@@ -15,7 +15,7 @@ namespace {
 constexpr int kTile = 64;   // rows and columns of the result per block
 constexpr int kDepth = 16;  // of a step: 2 operands x 16 x 68 x 8 bytes = 17 kB of shared memory in fp64
 constexpr int kThreads = 256;
-constexpr int kMicro = 4;           // rows and columns of the result per thread: 16 x 16 threads; an activation's call takes 4
+constexpr int kMicro = 4;  // rows and columns of the result per thread: 16 x 16 threads; an activation's call takes 4
 constexpr int kPitch = kTile + 4;   // rows stay 16-byte aligned; 4 banks apart, so that stores along the depth spread
 constexpr int kPartialDepth = 128;  // products in a partial sum: a single sum over K = 3072 has 4x the error
 
@@ -139,8 +139,7 @@ __global__ void __launch_bounds__(kThreads)
     if (dz) {
       const Values<F, kPart> factor = derivative_of(activation, values);
 #pragma unroll
-      for (int e = 0; e < kPart; ++e)
-        of_dy.v[part + e] = from_float<T>(F(to_float(of_dy.v[part + e])) * factor.v[e]);
+      for (int e = 0; e < kPart; ++e) of_dy.v[part + e] = from_float<T>(F(to_float(of_dy.v[part + e])) * factor.v[e]);
     }
     if (y) {
       values = activation_of(activation, values);

@@ -1,7 +1,6 @@
 // What kernels whose warps take a row each have in common: the columns of a lane, dropout of them, a row that is looked at
 // more than once, its moments, sums over rows.
 #pragma once
-#include <type_traits>
 #include <mma_sm80.cuh>  // dynamic_shared
 #include <type_traits>
 #include <utility>
@@ -43,28 +42,33 @@ struct Stored {
   }
 };
 
+// How many columns of a span from `first` on a row of H has.
+__device__ inline int columns_left(int64_t first, int64_t H) { return H - first < kSpan ? int(H - first) : kSpan; }
+
 // Columns from `first` on of a row of H elements, a multiple of n; zeros behind its end, and without a row.
 template <int n, class T>
 __device__ Stored<T, n> load(const T* row, int64_t first, int64_t H) {
   Stored<T, n> x = {};
+  const int left = row ? columns_left(first, H) : 0;
 #pragma unroll
   for (int i = 0; i < kOfLane; i += n) {
-    const int64_t j = first + column_of_lane<n>(i);
-    if (row && j < H) x.parts[i / n] = *reinterpret_cast<const Vector<T, n>*>(row + j);
+    const int j = column_of_lane<n>(i);
+    if (j < left) x.parts[i / n] = *reinterpret_cast<const Vector<T, n>*>(row + first + j);
   }
   return x;
 }
 
 template <int n, class T, class F>
 __device__ void store(T* row, int64_t first, int64_t H, const OfLane<F>& values) {
+  const int left = columns_left(first, H);
 #pragma unroll
   for (int i = 0; i < kOfLane; i += n) {
-    const int64_t j = first + column_of_lane<n>(i);
-    if (j >= H) continue;
+    const int j = column_of_lane<n>(i);
+    if (j >= left) continue;
     Vector<T, n> x;
 #pragma unroll
     for (int e = 0; e < n; ++e) x.v[e] = from_float<T>(values.v[i + e]);
-    *reinterpret_cast<Vector<T, n>*>(row + j) = x;
+    *reinterpret_cast<Vector<T, n>*>(row + first + j) = x;
   }
 }
 
@@ -88,8 +92,9 @@ __device__ T* row_of(T* matrix, int64_t row, int64_t H) {
 
 // ---- dropout (philox.h): a row's calls are made once, by all lanes, and their bits wait in shared memory
 
-// Bytes for the calls of a row, of which each keeps a bit for each of its eight slots.
-__host__ __device__ inline int64_t bytes_of_calls(int64_t H) { return dropout_groups(H) * kDropoutLanes; }
+// Of the calls of a row, each keeps a bit for each of its eight slots: so many bytes. Spans are whole.
+constexpr int kCallsOfSpan = kSpan / kDropoutGroup * kDropoutLanes;
+__host__ __device__ inline int64_t bytes_of_calls(int64_t H) { return ceil_div(H, kSpan) * kCallsOfSpan; }
 
 template <class F>
 struct Kept {
@@ -102,7 +107,7 @@ struct Kept {
 template <class F, class Args>
 __device__ Kept<F> kept_of(uint8_t* calls, const Args& p, int64_t row, int64_t first, int64_t count) {
   if (!p.seed) return {nullptr, F(1), first};
-  const int64_t call = row * bytes_of_calls(p.H) + first / kDropoutGroup * kDropoutLanes;
+  const int64_t call = row * dropout_groups(p.H) * kDropoutLanes + first / kDropoutGroup * kDropoutLanes;
   const uint32_t threshold = uint32_t(p.threshold);
 #pragma unroll 1
   for (int64_t i = threadIdx.x; i < count; i += kWarp) {
@@ -119,12 +124,12 @@ __device__ Kept<F> kept_of(uint8_t* calls, const Args& p, int64_t row, int64_t f
 template <int n, class F>
 __device__ void drop(OfLane<F>& values, const Kept<F>& kept, int64_t first) {
   if (!kept.calls) return;
+  const uint8_t* const calls = kept.calls + (first - kept.first) / kSpan * kCallsOfSpan;
 #pragma unroll
   for (int i = 0; i < kOfLane; i += n) {
-    const int64_t j = first - kept.first + column_of_lane<n>(i);
-    const auto bits = *reinterpret_cast<const Vector<uint8_t, n>*>(kept.calls + j / kDropoutGroup * kDropoutLanes +
-                                                                   j % kDropoutLanes);
-    const int slot = int(j % kDropoutGroup) / kDropoutLanes;
+    const int j = column_of_lane<n>(i), slot = j % kDropoutGroup / kDropoutLanes;
+    const auto bits =
+        *reinterpret_cast<const Vector<uint8_t, n>*>(calls + j / kDropoutGroup * kDropoutLanes + j % kDropoutLanes);
 #pragma unroll
     for (int e = 0; e < n; ++e) values.v[i + e] *= bits.v[e] >> slot & 1 ? kept.scale : F(0);
   }
@@ -215,9 +220,10 @@ __device__ RowMoments<F> row_moments(const Row& row, double eps) {
   });
   const F H = F(row.H), about = warp_reduce(total, Sum()) / H;
   row.template each<false>([&](const OfLane<F>& h, int64_t first) {
+    const int left = columns_left(first, row.H);
 #pragma unroll
     for (int i = 0; i < kOfLane; ++i) {
-      const F d = first + column_of_lane<n>(i) < row.H ? h.v[i] - about : F(0);
+      const F d = column_of_lane<n>(i) < left ? h.v[i] - about : F(0);
       rest += d;
       squares += d * d;
     }
