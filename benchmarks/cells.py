@@ -48,12 +48,13 @@ class Cell:
 
         return BertConfig(**MODELS[self.model])
 
-    def classifier(self) -> torch.nn.Module:
-        """Stock, with random weights: speed does not depend on them."""
+    def classifier(self, device: str = "cpu") -> torch.nn.Module:
+        """Stock, with random weights: speed does not depend on them. A GPU draws them in no time."""
         from transformers import AutoModelForSequenceClassification
 
         torch.manual_seed(0)
-        return AutoModelForSequenceClassification.from_config(self.config(), attn_implementation="sdpa")
+        with torch.device(device):
+            return AutoModelForSequenceClassification.from_config(self.config(), attn_implementation="sdpa").to(device)
 
     def lengths(self) -> list[int]:
         """Of the sequences: all the same, or as uneven as the snippets' are, in no order."""
@@ -170,9 +171,10 @@ class Training:
         converted: bool = False,
         graphed: bool = False,
         device: str = "cpu",
+        lr: float = 2e-5,
     ) -> None:
         self.cell, self.device, self._casts = cell, device, not converted
-        self.model = cell.classifier().to(device).train()
+        self.model = cell.classifier(device).train()
         if converted:
             self.model.to(getattr(torch, cell.dtype))
         if optimize is not None:
@@ -187,9 +189,9 @@ class Training:
         if our_optimizer:
             from fastft.optim import AdamW
 
-            self.optimizer = AdamW(self.parameters, lr=2e-5, max_grad_norm=1.0)
+            self.optimizer = AdamW(self.parameters, lr=lr, max_grad_norm=1.0)
         else:
-            self.optimizer = torch.optim.AdamW(self.parameters, lr=2e-5, fused=True, capturable=graphed)
+            self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, fused=True, capturable=graphed)
         self._graph = self._captured() if graphed else None
 
     def forward(self) -> torch.Tensor:

@@ -226,7 +226,7 @@ void embedding_backward(const EmbeddingBackward<T, W>& p, Stream stream) {
 template <class T, class W>
 void embedding_scatter(const EmbeddingScatter<T, W>& p, Stream stream) {
   const int64_t works = ceil_div(p.M, kScatterRows) * ceil_div(p.H, kSpan);
-  with_neighbours<T, W>(p.H, aligned(p.dtable, p.dh, p.partial), [&](auto n) {
+  with_neighbours<T, T>(p.H, aligned(p.dtable, p.dh, p.partial), [&](auto n) {
     launch(&embedding_scatter_kernel<T, W, n.value>, grid_of(ceil_div(works, kRowsPerBlock)),
            dim3(kWarp, kRowsPerBlock), 0, stream, p);
     launch(&embedding_runs_kernel<T, W, n.value>, grid_of(works), dim3(kWarp, kSumWarps), 0, stream, p);

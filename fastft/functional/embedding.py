@@ -63,7 +63,9 @@ def embeddings(
         eps: added to the variance.
         padding_idx: rows of ``word``, ``position`` and ``type`` that get no gradient, or None.
     Returns: ``(*, H)``, in the dtype that PyTorch gives the sum.
-    Raises: IndexError: an id is out of range.
+    Raises:
+        IndexError: an id is out of range.
+        ValueError: ``embeddings: position is on cpu, word on cuda:0``
     Example:
         >>> word, position = torch.eye(2), torch.zeros(9, 2)
         >>> ids = torch.tensor([1, 0])
@@ -72,6 +74,10 @@ def embeddings(
                 [ 1., -1.]])
     """
     tensors = (word, position, type, weight, bias)
+    names = ("input", "position_ids", "type_ids", "word", "position", "type", "weight", "bias")
+    for name, tensor in zip(names, (input, position_ids, type_ids, *tensors), strict=True):
+        if tensor is not None and tensor.device != word.device:
+            raise ValueError(f"embeddings: {name} is on {tensor.device}, word on {word.device}")
     why_not = _choice.unsupported(*tensors)
     if why_not is None and word.shape[-1] == 0:
         why_not = "rows are empty"
