@@ -28,10 +28,10 @@ class Kernel(NamedTuple):
 HELD, TWICE_HELD = 16896, 33280  # bytes that row.cuh asks for: four rows of BERT-large, one number a column or two
 
 TABLE = {
-    "adamw.cu scale_kernel": Kernel(512, (32, 32), wide=True),
-    "adamw.cu adamw_kernel": Kernel(512, (32, 32), wide=True),
-    "adamw.cu norm_kernel": Kernel(512, (64, 64)),
-    "adamw.cu squares_kernel": Kernel(512, (48, 48), wide=True),
+    "adamw.cu scale_kernel": Kernel(256, (32, 32), wide=True),
+    "adamw.cu adamw_kernel": Kernel(256, (32, 32), wide=True),
+    "adamw.cu norm_kernel": Kernel(256, (64, 64)),
+    "adamw.cu squares_kernel": Kernel(256, (40, 40), wide=True),
     "attention.cu grad_key_kernel": Kernel(128, (16, 16)),
     "attention.cu grad_query_kernel": Kernel(128, (16, 16)),
     "attention.cu forward_kernel": Kernel(128, (16, 16)),

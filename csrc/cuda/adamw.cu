@@ -9,7 +9,7 @@ namespace fastft::cuda {
 namespace {
 
 constexpr int kTensors = 48;  // of one launch, whose arguments may take 4 KB
-constexpr int kThreads = 512;
+constexpr int kThreads = 256;
 
 struct Tensors {
   int64_t p[kTensors], g[kTensors], m[kTensors], v[kTensors], sizes[kTensors];
@@ -78,7 +78,7 @@ __device__ void write(T* to, const F (&values)[n]) {
 }
 
 template <class T, class W>
-__global__ void __launch_bounds__(kThreads, sizeof(Compute<W>) == 8 ? 1 : 2)
+__global__ void __launch_bounds__(kThreads, sizeof(Compute<W>) == 8 ? 1 : 3)
     adamw_kernel(Tensors tensors, const Statistic<W>* scale, double beta1, double beta2, double eps,
                  double weight_decay, int maximize) {
   using F = Compute<W>;
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Compute<W>) == 8 ? 1 : 2)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, 2) squares_kernel(double* partial, Tensors tensors) {
+__global__ void __launch_bounds__(kThreads, 4) squares_kernel(double* partial, Tensors tensors) {
   using F = Compute<T>;
   const Chunk chunk = chunk_of_block(tensors);
   const T* const g = reinterpret_cast<const T*>(tensors.g[chunk.tensor]);
@@ -138,7 +138,7 @@ __global__ void norm_kernel(W* norm, const double* partial, int64_t chunks) {
 }
 
 template <class T, class W>
-__global__ void __launch_bounds__(kThreads, 2) scale_kernel(Tensors tensors, const W* scale) {
+__global__ void __launch_bounds__(kThreads, 4) scale_kernel(Tensors tensors, const W* scale) {
   using F = Compute<T>;
   const F factor = F(to_float(*scale));
   if (factor == 1) return;

@@ -13,6 +13,8 @@ namespace fastft::cuda {
 namespace {
 
 constexpr int kWarps = 4;  // of a block
+template <class T>
+constexpr int kBlocks = sizeof(T) == 8 ? 1 : 4;  // of an SM, at least
 constexpr int kLargestHead = 256, kPerLane = kLargestHead / kWarp;
 
 template <class F>
@@ -101,7 +103,7 @@ __device__ int at_most_a_warp(F n) {
 // ---- kernels
 
 template <class T>
-__global__ void __launch_bounds__(kWarps* kWarp, 4) forward_kernel(AttentionForward<T, T> p, bool float_bias) {
+__global__ void __launch_bounds__(kWarps* kWarp, kBlocks<T>) forward_kernel(AttentionForward<T, T> p, bool float_bias) {
   using F = Compute<T>;
   const Place at(p, p.Sq);
   if (!at.live || at.i >= at.queries) return;  // a whole warp
@@ -148,7 +150,8 @@ __device__ Weight<F> weight_of(const Args& p, const Place& at, int64_t i, int64_
 }
 
 template <class T>
-__global__ void __launch_bounds__(kWarps* kWarp, 4) grad_query_kernel(AttentionBackward<T, T> p, bool float_bias) {
+__global__ void __launch_bounds__(kWarps* kWarp, kBlocks<T>)
+    grad_query_kernel(AttentionBackward<T, T> p, bool float_bias) {
   using F = Compute<T>;
   const Place at(p, p.Sq);
   if (!at.live || at.i >= at.queries) return;
@@ -175,7 +178,8 @@ __global__ void __launch_bounds__(kWarps* kWarp, 4) grad_query_kernel(AttentionB
 }
 
 template <class T>
-__global__ void __launch_bounds__(kWarps* kWarp, 4) grad_key_kernel(AttentionBackward<T, T> p, bool float_bias) {
+__global__ void __launch_bounds__(kWarps* kWarp, kBlocks<T>)
+    grad_key_kernel(AttentionBackward<T, T> p, bool float_bias) {
   using F = Compute<T>;
   const Place at(p, p.Sk);
   if (!at.live || at.i >= at.keys) return;

@@ -48,7 +48,7 @@ struct Sources {
 };
 
 template <class T, class W, int n>
-__global__ void __launch_bounds__(kThreadsOfRows, 4) embedding_forward_kernel(EmbeddingForward<T, W> p) {
+__global__ void __launch_bounds__(kThreadsOfRows, kRowBlocks<W>) embedding_forward_kernel(EmbeddingForward<T, W> p) {
   using F = Compute<W>;
   const int64_t row = int64_t(blockIdx.x) * kRowsPerBlock + threadIdx.y;
   if (row >= p.M) return;  // a whole warp leaves
@@ -85,7 +85,7 @@ __device__ NormalAndGradient<F> normal_and_gradient(const EmbeddingBackward<T, W
 }
 
 template <class T, class W, int n>
-__global__ void __launch_bounds__(kThreadsOfRows, 4) embedding_backward_kernel(EmbeddingBackward<T, W> p) {
+__global__ void __launch_bounds__(kThreadsOfRows, kRowBlocks<W>) embedding_backward_kernel(EmbeddingBackward<T, W> p) {
   using F = Compute<W>;
   const int64_t row = int64_t(blockIdx.x) * kRowsPerBlock + threadIdx.y;
   if (row >= p.M) return;
@@ -141,7 +141,7 @@ struct Runs {
 };
 
 template <class T, class W, int n>
-__global__ void __launch_bounds__(kThreadsOfRows, 4) embedding_scatter_kernel(EmbeddingScatter<T, W> p) {
+__global__ void __launch_bounds__(kThreadsOfRows, kRowBlocks<W>) embedding_scatter_kernel(EmbeddingScatter<T, W> p) {
   using F = Compute<W>;
   const int64_t spans = ceil_div(p.H, kSpan), warp = int64_t(blockIdx.x) * kRowsPerBlock + threadIdx.y;
   const int64_t first = warp % spans * kSpan;

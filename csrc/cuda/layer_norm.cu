@@ -11,7 +11,7 @@ namespace fastft::cuda {
 namespace {
 
 template <class T, class W, int n>
-__global__ void __launch_bounds__(kThreadsOfRows, 4) layer_norm_forward_kernel(LayerNormForward<T, W> p) {
+__global__ void __launch_bounds__(kThreadsOfRows, kRowBlocks<W>) layer_norm_forward_kernel(LayerNormForward<T, W> p) {
   using F = Compute<W>;
   const int64_t row = int64_t(blockIdx.x) * kRowsPerBlock + threadIdx.y;
   if (row >= p.M) return;  // a whole warp leaves
@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kThreadsOfRows, 4) layer_norm_forward_kernel(L
 }
 
 template <class T, class W, int n>
-__global__ void __launch_bounds__(kThreadsOfRows, 4) layer_norm_backward_kernel(LayerNormBackward<T, W> p) {
+__global__ void __launch_bounds__(kThreadsOfRows, kRowBlocks<W>) layer_norm_backward_kernel(LayerNormBackward<T, W> p) {
   using F = Compute<W>;
   const int64_t row = int64_t(blockIdx.x) * kRowsPerBlock + threadIdx.y;
   if (row >= p.M) return;

@@ -12,6 +12,8 @@ namespace fastft::cuda {
 
 constexpr int kRowsPerBlock = 4;  // warps, each of which takes a row
 constexpr int kThreadsOfRows = kWarp * kRowsPerBlock;
+template <class W>
+constexpr int kRowBlocks = sizeof(W) == 8 ? 1 : 4;  // of an SM, at least; fp64, for gradcheck, may have all registers
 
 // ---- columns: of each 256, a span, a lane has eight. They are vectors of n neighbours, beside which the next lane's lie:
 // 16 bytes of the largest type where rows allow it, else n = 1.
