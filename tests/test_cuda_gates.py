@@ -29,7 +29,7 @@ HELD, TWICE_HELD = 16896, 33280  # bytes that row.cuh asks for: four rows of BER
 
 TABLE = {
     "adamw.cu scale_kernel": Kernel(256, (32, 32), wide=True),
-    "adamw.cu adamw_kernel": Kernel(256, (32, 32), wide=True),
+    "adamw.cu adamw_kernel": Kernel(256, (24, 24), wide=True),
     "adamw.cu norm_kernel": Kernel(256, (64, 64)),
     "adamw.cu squares_kernel": Kernel(256, (40, 40), wide=True),
     "attention.cu grad_key_kernel": Kernel(128, (16, 16)),

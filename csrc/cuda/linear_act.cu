@@ -164,7 +164,7 @@ __device__ void load_tile(F (&tile)[kDepth][kPitch], const Operand& x, int64_t r
 
 // epilogue(i, j, sum over d < depth of a(i, d) b(j, d)) for i < rows, j < cols.
 template <class F, class A, class B, class Epilogue>
-__global__ void __launch_bounds__(kThreads, sizeof(F) == 8 ? 1 : 2)
+__global__ void __launch_bounds__(kThreads, sizeof(F) == 8 ? 1 : 3)
     product_kernel(A a, B b, Epilogue epilogue, int64_t rows, int64_t cols, int64_t depth) {
   alignas(16) __shared__ F tile_a[kDepth][kPitch];
   alignas(16) __shared__ F tile_b[kDepth][kPitch];
