@@ -34,7 +34,7 @@ ACTIVATIONS = {
 SIZES = [(1, 1, 1), (3, 5, 7), (15, 33, 17), (29, 65, 401), (257, 19, 64), (2, 300, 3), (0, 4, 3), (4, 3, 0)]
 
 # The last fields of LinearActBackward: of an input in float32, and for CUDA's tensor cores.
-NO_FLOAT, CUDA_ONLY = (None, None, None), (None, None, None, 1)
+NO_FLOAT, CUDA_ONLY = (None, None, None), (None, None, None, 1, None, None, 0)
 
 
 @pytest.fixture(params=setup.ISA_FLAGS)
