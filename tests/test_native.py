@@ -34,7 +34,7 @@ ACTIVATIONS = {
 SIZES = [(1, 1, 1), (3, 5, 7), (15, 33, 17), (29, 65, 401), (257, 19, 64), (2, 300, 3), (0, 4, 3), (4, 3, 0)]
 
 # The last fields of LinearActBackward: of an input in float32, and for CUDA's tensor cores.
-NO_FLOAT, CUDA_ONLY = (None, None, None), (None, None, None, 1)
+NO_FLOAT, CUDA_ONLY = (None, None, None), (None, None, None, 1, None, None, 0)
 
 
 @pytest.fixture(params=setup.ISA_FLAGS)
@@ -297,7 +297,8 @@ def embedding(kernels, suffix, ids, word, position, type, w, b, dy):
     dh, dw, db, *_ = call(kernels, f"embedding_backward_{suffix}", *backward)
     results = {"y": y, "dh": dh, "dw": dw, "db": db}
     for name, table, of in zip(("dword", "dposition", "dtype"), tables, ids, strict=True):
-        scatter = unwritten(*table.shape, dtype=W), of, None, dh, M, H, len(table), PADDING if name == "dword" else -1
+        padding = PADDING if name == "dword" else -1
+        scatter = unwritten(*table.shape, dtype=W), of, None, dh, M, H, len(table), padding, None
         results[name] = call(kernels, f"embedding_scatter_{suffix}", *scatter)[0]
     return results
 

@@ -12,7 +12,9 @@ import torch
 
 from fastft.functional import _autograd, _choice
 from fastft.functional import encoder_layer as node
+from fastft.functional.packing import pack, unpack
 from fastft.models.linear import activation_name, why_not_fused, why_not_linear
+from fastft.models.mask import lengths_of, plain
 from fastft.models.norm import why_not_normalized
 from fastft.models.swap import Swapped, is_sharded, watched
 
@@ -175,7 +177,7 @@ def runs_here(hidden_states, attention_mask, parameters):
 class Handed(NamedTuple):
     """What the model hands to its encoder past transformers' code between them."""
 
-    attention_mask: torch.Tensor | None  # the caller's
+    attention_mask: torch.Tensor | None  # the caller's; with lengths, if a collator knew them
     first_only: bool  # the caller reads nothing but the first row of each sequence
     padding_free: bool
 
@@ -184,8 +186,10 @@ class Plan(NamedTuple):
     """What an encoder leaves out of a batch."""
 
     batch: node.Batch
-    kept: torch.Tensor | None  # rows of all B * S that are computed; None: all
+    kept: torch.Tensor | None  # rows of all B * S that are computed; None: all, or those that are present
     first_only: bool  # of the last layer
+    tokens: int | None = None  # that the batch has, as its mask's lengths say; where those are known
+    present: torch.Tensor | None = None  # (B, S), where they are not padding
 
 
 class Encoder(Swapped):
@@ -216,8 +220,13 @@ class Model(Swapped):
         if not isinstance(inner, Encoder) or torch.compiler.is_compiling():
             return super().forward(*args, **kwargs)
         unseen = all(is_sharded(module) or not watched(module) for module in (self, inner))
+        mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
+        if lengths_of(mask) is not None:  # which are nobody else's business
+            args, kwargs = (*args[:1], plain(mask), *args[2:]) if len(args) > 1 else args, dict(kwargs)
+            if "attention_mask" in kwargs:
+                kwargs["attention_mask"] = plain(mask)
         inner._fastft_handed = Handed(
-            args[1] if len(args) > 1 else kwargs.get("attention_mask"),
+            mask,
             self._fastft_first_only and unseen and self._fastft_reads_first_only(),
             self._fastft_padding_free,
         )
@@ -242,7 +251,16 @@ def plan(layers, handed, hidden_states, attention_mask):
     if not (packs or handed.first_only) or not _all_whole(layers, hidden_states):
         return None
     B, S, _ = hidden_states.shape
-    if packs and hidden_states.is_cpu:  # on a GPU the number of tokens would have to be waited for
+    lengths = lengths_of(handed.attention_mask) if packs else None
+    waits = not _is_on_gpu(hidden_states)  # for the mask; on a GPU it would stop what runs there
+    if lengths is not None and not waits and min(lengths, default=0) > 0:
+        if handed.attention_mask.shape == (B, S) and min(lengths) < S:
+            present = plain(handed.attention_mask) != 0
+            cu_seqlens = torch.zeros(B + 1, dtype=torch.int32, device=present.device)
+            torch.cumsum(present.sum(1), 0, out=cu_seqlens[1:])
+            batch = node.Batch(B, max(lengths), None, cu_seqlens)
+            return Plan(batch, None, handed.first_only, sum(lengths), present)
+    elif packs and waits:
         present = handed.attention_mask != 0
         if present.shape == (B, S) and not present.all() and present[:, 0].all():
             lengths = present.sum(1)
@@ -254,6 +272,10 @@ def plan(layers, handed, hidden_states, attention_mask):
         return None
     (_, options), _ = layers[0]._fastft_arguments()
     return Plan(padded(attention_mask, B, S, options.heads, hidden_states.dtype), None, True)
+
+
+def _is_on_gpu(tensor):
+    return not tensor.is_cpu
 
 
 def _all_whole(layers, hidden_states):
@@ -276,6 +298,8 @@ def run_layers(layers, hidden_states, plan):
     rows = hidden_states.reshape(B * S, H)
     if plan.kept is not None:
         rows = rows.index_select(0, plan.kept)
+    elif plan.tokens is not None:
+        rows = pack(hidden_states, plan.present, plan.batch.cu_seqlens, plan.tokens)
     *layers, last = layers
     for layer in layers:
         rows = layer(rows, plan.batch)
@@ -284,6 +308,8 @@ def run_layers(layers, hidden_states, plan):
         return rows.view(B, 1, H)
     if plan.kept is not None:
         rows = rows.new_zeros(B * S, H).index_copy(0, plan.kept, rows)
+    elif plan.tokens is not None:
+        rows = unpack(rows, plan.batch.cu_seqlens, (B, S, H))
     return rows.view(B, S, H)
 
 

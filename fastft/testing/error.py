@@ -194,8 +194,14 @@ def check(evaluate: Callable[[int], tuple[Results, Results, Results]], double: b
             return budget.check()
 
 
-def check_op(spec: OpSpec, indices: Iterable[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
-    """The budget for outputs and gradients of the samples ``indices`` of an op, all with their seeds.
+def check_op(
+    spec: OpSpec,
+    indices: Iterable[int],
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    seeds: int = SEEDS,
+) -> None:
+    """The budget for outputs and gradients of the samples ``indices`` of an op, all with their ``seeds``.
 
     Raises: BudgetExceeded: see :class:`Budget`.
     """
@@ -205,7 +211,7 @@ def check_op(spec: OpSpec, indices: Iterable[int], dtype: torch.dtype, device: t
             case = outline[index].why
             budget.add(*evaluate_op(spec, index, dtype, device, seed), case=case, seed=seed)
         left = [index for index in left if budget.short(outline[index].why)]
-        if (seed + 1 >= SEEDS or not left) and budget.enough:
+        if (seed + 1 >= seeds or not left) and budget.enough:
             return budget.check()
 
 
