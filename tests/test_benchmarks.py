@@ -17,7 +17,7 @@ TINY = ["--model", "tiny", "--cell", "4x32", "--rounds", "1"]
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
+def run(tmp_path, monkeypatch, capsys, fast_machine):
     """Runs a benchmark with options; its rows, its table and its plot."""
 
     def run(module, *options):
@@ -166,7 +166,7 @@ def test_newsgroups_are_read_from_a_package(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def rehearsal(tmp_path):
+def rehearsal(tmp_path, fast_machine):
     return gpu.Run("cpu", time.monotonic() + 60, tmp_path, tiny=True)
 
 
