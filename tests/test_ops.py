@@ -157,6 +157,25 @@ def test_each_gradient_alone_is_the_one_of_all(spec, device):
 
 @each_spec
 @each_device
+def test_gradients_that_nobody_asks_for_are_not_computed(spec, device):
+    for index in small(spec)[:3]:
+        sample = spec.sample(index, torch.float32, device)
+        arguments, wanted = spec.named(sample), spec.differentiable(sample)
+
+        def outputs(name, leaves, arguments=arguments):
+            """Of the kernels of the backward for one gradient, which are there, where these require gradients."""
+            leaves = {leaf: arguments[leaf].detach().requires_grad_() for leaf in leaves}
+            output = spec.op(**{**arguments, **leaves})
+            with KernelCalls(keep_arguments=True) as kernels:
+                torch.autograd.grad(output, leaves[name], torch.ones_like(output))
+            return [(op, [value is not None for value in args]) for op, args, _ in kernels.calls]
+
+        for name in wanted:
+            assert outputs(name, wanted) == outputs(name, [name]), (sample.why, name)
+
+
+@each_spec
+@each_device
 def test_an_expanded_gradient_is_read_with_its_strides(spec, device):
     for index in small(spec):
         ones = functools.partial(torch.ones, dtype=torch.float32, device=device)

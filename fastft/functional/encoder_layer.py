@@ -173,11 +173,13 @@ class _Run(NamedTuple):
                 kept[4], None, first.norm_weight, first.norm_bias, self.attention.eps, _dropout.NONE, keep=False
             )
         if second:
-            wants_x = any(wanted) if first else wanted[0]
+            wants_x = wanted[0] or (first is not None and any(of_first))
             grad, grads_second = self._feed_forward_backward(
                 seed, kept[-4:], wants_x, of_second, grad, x, second, spent
             )
-        if first:
+        if first and not (wanted[0] or any(of_first)):
+            grads_first = [None] * len(first)
+        elif first:
             grad, grads_first = self._attend_backward(
                 mask, cu_seqlens, seed, kept[:7], wanted[0], of_first, grad, input, first
             )
@@ -414,7 +416,7 @@ class _Layer(torch.autograd.Function):
     def backward(ctx, grad_output):
         tensors = ctx.saved_tensors
         kept, given, sources = tensors[: ctx.count], tensors[ctx.count : ctx.count + 3], tensors[ctx.count + 3 :]
-        wanted = ctx.needs_input_grad[4:]
+        wanted = _autograd.wanted(ctx, slice(4, None))
 
         def kernel(grad_output, *sources):
             grads = ctx.run.backward(*given, kept, wanted, grad_output, *sources)
