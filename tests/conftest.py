@@ -43,10 +43,12 @@ TOGETHER = {
 }
 
 
+@pytest.hookimpl(wrapper=True)  # before xdist reads the markers, which tryfirst would not be
 def pytest_collection_modifyitems(items):
     for item in items:
         if group := TOGETHER.get(item.path.name):
             item.add_marker(pytest.mark.xdist_group(group))
+    return (yield)
 
 
 def pytest_sessionfinish(session):
