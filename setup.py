@@ -51,8 +51,8 @@ CXX_FLAGS = (
     *("-O2", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden"),
     *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra"),
 )
-NVCC_FLAGS = (
-    *("-O3", "-std=c++17", "--expt-relaxed-constexpr", "-cudart", "static"),
+NVCC_FLAGS = (  # -O1 is for the host's code, which only launches
+    *("-O1", "-std=c++17", "--expt-relaxed-constexpr", "-cudart", "static"),
     *("-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra"),
 )
 LINK_FLAGS = ("-shared", "-Wl,--exclude-libs,ALL", "-Wl,-z,defs", "-Wl,-z,relro,-z,now")

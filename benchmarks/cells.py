@@ -11,6 +11,7 @@ import torch
 
 from benchmarks import report
 from fastft import _library
+from fastft.models.mask import with_lengths
 from fastft.testing.timing import BeatsPeak, Peaks
 
 MODELS = {  # sizes of BertConfig
@@ -47,12 +48,13 @@ class Cell:
 
         return BertConfig(**MODELS[self.model])
 
-    def classifier(self) -> torch.nn.Module:
-        """Stock, with random weights: speed does not depend on them."""
+    def classifier(self, device: str = "cpu") -> torch.nn.Module:
+        """Stock, with random weights: speed does not depend on them. A GPU draws them in no time."""
         from transformers import AutoModelForSequenceClassification
 
         torch.manual_seed(0)
-        return AutoModelForSequenceClassification.from_config(self.config(), attn_implementation="sdpa")
+        with torch.device(device):
+            return AutoModelForSequenceClassification.from_config(self.config(), attn_implementation="sdpa").to(device)
 
     def lengths(self) -> list[int]:
         """Of the sequences: all the same, or as uneven as the snippets' are, in no order."""
@@ -73,6 +75,7 @@ class Cell:
             "attention_mask": (places < torch.tensor(self.lengths())[:, None]).long(),
             "labels": torch.randint(2, (self.batch,), generator=generator),
         }
+        tensors["attention_mask"] = with_lengths(tensors["attention_mask"], self.lengths())
         return {name: tensor.to(device) for name, tensor in tensors.items()}
 
     def autocast(self, device: str = "cpu") -> torch.autocast:
@@ -168,9 +171,10 @@ class Training:
         converted: bool = False,
         graphed: bool = False,
         device: str = "cpu",
+        lr: float = 2e-5,
     ) -> None:
         self.cell, self.device, self._casts = cell, device, not converted
-        self.model = cell.classifier().to(device).train()
+        self.model = cell.classifier(device).train()
         if converted:
             self.model.to(getattr(torch, cell.dtype))
         if optimize is not None:
@@ -185,9 +189,9 @@ class Training:
         if our_optimizer:
             from fastft.optim import AdamW
 
-            self.optimizer = AdamW(self.parameters, lr=2e-5, max_grad_norm=1.0)
+            self.optimizer = AdamW(self.parameters, lr=lr, max_grad_norm=1.0)
         else:
-            self.optimizer = torch.optim.AdamW(self.parameters, lr=2e-5, fused=True, capturable=graphed)
+            self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, fused=True, capturable=graphed)
         self._graph = self._captured() if graphed else None
 
     def forward(self) -> torch.Tensor:

@@ -64,12 +64,16 @@ struct LinearActBackward {
   const float* x32 = nullptr;  // in place of x, as in the forward; of its gradient; and of add
   float* dx32 = nullptr;
   const float* add32 = nullptr;
-  // CUDA only. dz is wanted where it is given; tensor cores ask for it where there is a z, and for w as above. Where they
-  // sum dw over `splits` parts of the rows, those partial sums and db's are made in a workspace.
+  // CUDA only. dz is wanted where it is given; the other gradients ask for it where there is a z, tensor cores for w as
+  // above. Where they sum dw over `splits` parts of the rows, those partial sums and db's are made in a workspace. Where x is
+  // act(x_preact), dx becomes the gradient of x_preact, and x is made once more.
   const T* w_low = nullptr;  // (N, K)
   T* dz = nullptr;           // (M, N)
   float* partial = nullptr;  // (splits, N K + N)
   int64_t splits = 1;
+  const T* x_preact = nullptr;  // (M, K) or null
+  T* x_again = nullptr;         // (M, K) or null
+  int x_activation = 0;
 };
 
 // Rows of a partial sum over rows: fixed, so that the sum's order is.
@@ -205,6 +209,9 @@ struct EmbeddingBackward {
   int64_t threshold, use;
 };
 
+// Sorted rows that one warp adds up on CUDA.
+constexpr int64_t kScatterRows = 16;
+
 // Gradient of a table (V, H) of which row ids[m] was taken as row m: each of its rows is the sum of its dh, in their order; row `padding` gets none.
 template <class T, class W>
 struct EmbeddingScatter {
@@ -213,7 +220,8 @@ struct EmbeddingScatter {
   const int64_t* order;  // (M) the row of dh that each of the sorted ids is of; CUDA only
   const T* dh;           // (M, H)
   int64_t M, H, V;
-  int64_t padding;  // or -1
+  int64_t padding;                  // or -1
+  Statistic<W>* partial = nullptr;  // (ceil(M / kScatterRows), 2, H) workspace; CUDA only
 };
 
 // Scaled dot-product attention of N heads: o = dropout(softmax(scale q k^T + mask)) v for each sequence b < B and head.
@@ -305,6 +313,27 @@ struct ScaleGrads {
   const W* factor;  // (1) in the device's memory
 };
 
+// Padded sequences and their rows one after the other: row s of sequence b is row cu_seqlens[b] + s of the packed ones, if it
+// is one of the sequence's. CUDA only; rows are copied as they are, and W does not matter. On CUDA a mask that is not that
+// of the sequences fails a device-side assertion.
+template <class T, class W>
+struct PackRows {
+  T* packed;                  // (tokens, H)
+  const T* padded;            // (B, S, H)
+  const uint8_t* present;     // (B, S) or null: 0 at padding
+  const int32_t* cu_seqlens;  // (B + 1)
+  int64_t tokens, B, S, H;
+};
+
+// Zeros are written where there is padding.
+template <class T, class W>
+struct UnpackRows {
+  T* padded;                  // (B, S, H)
+  const T* packed;            // (tokens, H)
+  const int32_t* cu_seqlens;  // (B + 1)
+  int64_t tokens, B, S, H;
+};
+
 // Name of the kernel, name of its arguments. Every line becomes, for each instruction set, an entry of the dispatch table of cpu/isa.cpp
 // (with the pairs of dtypes of FASTFT_CPU_DTYPES), and a function of fastft::cuda.
 #define FASTFT_KERNELS(X)                         \
@@ -322,6 +351,12 @@ struct ScaleGrads {
   X(adamw, AdamW)                                 \
   X(grad_norm, GradNorm)                          \
   X(scale_grads, ScaleGrads)
+
+// With those that are CUDA's alone.
+#define FASTFT_CUDA_KERNELS(X) \
+  FASTFT_KERNELS(X)            \
+  X(pack_rows, PackRows)       \
+  X(unpack_rows, UnpackRows)
 
 // Suffix, T, W.
 #define FASTFT_CPU_DTYPES(X) X(f32, float, float) X(bf16, bf16, bf16) X(bf16_f32, bf16, float) X(f64, double, double)
@@ -377,7 +412,7 @@ namespace cuda {
 #define FASTFT_X(name, Args)  \
   template <class T, class W> \
   void name(const Args<T, W>&, Stream);
-FASTFT_KERNELS(FASTFT_X)
+FASTFT_CUDA_KERNELS(FASTFT_X)
 #undef FASTFT_X
 }  // namespace cuda
 }  // namespace fastft

@@ -1,9 +1,12 @@
 """Benchmarks of whole models, on models too small to measure: every one runs, and its figures are of what it says."""
 
+import contextlib
 import csv
 import json
+import os
 import sys
 import time
+import types
 
 import pytest
 import torch
@@ -221,6 +224,102 @@ def test_checks_that_fail_are_named(rehearsal, monkeypatch):
         gpu.test(rehearsal)
     rehearsal.deadline = time.monotonic() - 1
     assert gpu.test(rehearsal) == "0 checks passed, 5 were not reached"
+
+
+@pytest.mark.parametrize(
+    ("status", "said"), [(0, "found nothing: 2 checks passed, 1 were not reached"), (9, "memcheck: ")]
+)
+def test_the_sanitizer_is_asked_for_our_kernels_and_its_checks_are_counted(status, said, rehearsal, monkeypatch):
+    tool = rehearsal.folder / "compute-sanitizer"
+    tool.write_text(
+        '#!/bin/sh\necho "$@" >> "$0.log"\necho ========= COMPUTE-SANITIZER\n'
+        f'echo "2 checks passed, 1 were not reached"\necho "========= ERROR SUMMARY: 0 errors"\nexit {status}\n'
+    )
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(rehearsal.folder), prepend=os.pathsep)
+    if status:
+        with pytest.raises(RuntimeError, match=said):
+            gpu.sanitize(rehearsal)
+        return
+    assert gpu.sanitize(rehearsal) == f"memcheck {said}; racecheck {said}"
+    first, second = tool.with_name("compute-sanitizer.log").read_text().splitlines()
+    assert first.startswith("--tool memcheck --error-exitcode 9 --kernel-regex kns=fastft ") and "racecheck" in second
+    assert "benchmarks.gpu --child --part test" in first and first.endswith("--tiny")
+
+
+def test_peers_are_called_as_their_functions_are_declared(rehearsal, monkeypatch):
+    """Stand-ins with the signatures of liger_kernel 0.6 and flash_attn 2.8."""
+    stock = torch.nn.functional
+
+    def liger_cross_entropy(
+        input, target, weight=None, size_average=None, ignore_index=-100, reduce=None, reduction="mean",
+        label_smoothing=0.0, lse_square_scale=0.0, softcap=None, return_z_loss=False,
+    ):  # fmt: skip
+        return stock.cross_entropy(
+            input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
+        )
+
+    def liger_layer_norm(X, W, B, eps):
+        return stock.layer_norm(X, W.shape, W, B, eps)
+
+    def layer_norm_fn(x, weight, bias, residual=None, x1=None, weight1=None, bias1=None, eps=1e-6, dropout_p=0.0):
+        return stock.layer_norm(x, weight.shape, weight, bias, eps)
+
+    modules = {
+        "liger_kernel.transformers.functional": {
+            "liger_cross_entropy": liger_cross_entropy,
+            "liger_layer_norm": liger_layer_norm,
+        },
+        "flash_attn.ops.triton.layer_norm": {"layer_norm_fn": layer_norm_fn},
+    }
+    for path, functions in modules.items():
+        parts = path.split(".")
+        for end in range(1, len(parts)):
+            monkeypatch.setitem(sys.modules, ".".join(parts[:end]), types.ModuleType(parts[end - 1]))
+        module = types.ModuleType(path)
+        vars(module).update(functions)
+        monkeypatch.setitem(sys.modules, path, module)
+    gpu.peers(rehearsal)
+    rows = json.loads((rehearsal.folder / "peers.json").read_text())["rows"]
+    assert {row["provider"] for row in rows} == {"fastft", "torch", *gpu.PEERS}
+
+
+def test_a_graph_is_captured_after_three_steps_and_without_gradients(monkeypatch):
+    """With stand-ins for CUDA's: what a capture records is run once."""
+    events = []
+
+    class Stream:
+        def wait_stream(self, other):
+            events.append("wait")
+
+    class Graph:
+        def replay(self):
+            events.append("replay")
+
+    @contextlib.contextmanager
+    def capture(graph):
+        assert all(parameter.grad is None for parameter in made[0].parameters)
+        events.append("capture")
+        yield
+        assert any(parameter.grad is not None for parameter in made[0].parameters)
+
+    made, step = [], cells.Training.update
+
+    def update(self):
+        made.append(self)
+        events.append("step")
+        step(self)
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(cells.Training, "update", update)
+    training = cells.Training(gpu.TINY_CELLS[0], {"cls_only": False}, graphed=True, lr=0.0)
+    training.step()
+    assert events == ["wait", *["step"] * 3, "wait", "capture", "step", "replay"]
+    assert training.loss.isfinite()
 
 
 def test_a_part_that_crashes_or_hangs_costs_itself_alone(monkeypatch, tmp_path, capsys):

@@ -297,7 +297,8 @@ def embedding(kernels, suffix, ids, word, position, type, w, b, dy):
     dh, dw, db, *_ = call(kernels, f"embedding_backward_{suffix}", *backward)
     results = {"y": y, "dh": dh, "dw": dw, "db": db}
     for name, table, of in zip(("dword", "dposition", "dtype"), tables, ids, strict=True):
-        scatter = unwritten(*table.shape, dtype=W), of, None, dh, M, H, len(table), PADDING if name == "dword" else -1
+        padding = PADDING if name == "dword" else -1
+        scatter = unwritten(*table.shape, dtype=W), of, None, dh, M, H, len(table), padding, None
         results[name] = call(kernels, f"embedding_scatter_{suffix}", *scatter)[0]
     return results
 

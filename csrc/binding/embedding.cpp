@@ -83,7 +83,7 @@ EmbeddingBackward<T, W> backward_args(const Maybe& grad_sum, const Maybe& grad_w
 
 template <class T, class W>
 EmbeddingScatter<T, W> scatter_args(const Tensor& grad_table, const Tensor& ids, const Maybe& order,
-                                    const Tensor& grad_sum, int64_t padding) {
+                                    const Tensor& grad_sum, int64_t padding, const Maybe& partial) {
   const int64_t M = grad_sum.size(0), H = grad_sum.size(1), V = grad_table.size(0);
   return {fresh<W>(grad_table, "grad_table", {V, H}),
           indices(ids, "ids", M, V),
@@ -92,7 +92,8 @@ EmbeddingScatter<T, W> scatter_args(const Tensor& grad_table, const Tensor& ids,
           M,
           H,
           V,
-          padding};
+          padding,
+          pointer<Statistic<W>>(partial, "partial", {(M + kScatterRows - 1) / kScatterRows, 2, H})};
 }
 
 void forward_cpu(Tensor output, Maybe mean, Maybe rstd, Tensor ids, Tensor position_ids, Maybe type_ids, Tensor word,
@@ -121,12 +122,12 @@ void backward_cpu(Maybe grad_sum, Maybe grad_weight, Maybe grad_bias, Maybe part
   });
 }
 
-void scatter_cpu(Tensor grad_table, Tensor ids, Maybe order, Tensor grad_sum, int64_t padding) {
+void scatter_cpu(Tensor grad_table, Tensor ids, Maybe order, Tensor grad_sum, int64_t padding, Maybe partial) {
   with_dtypes<false>(grad_sum.scalar_type(), grad_table.scalar_type(), [&](auto types) {
     using Y = decltype(types);
     HostLease host;
     cpu::kernels().embedding_scatter(
-        scatter_args<typename Y::T, typename Y::W>(grad_table, ids, order, grad_sum, padding), host);
+        scatter_args<typename Y::T, typename Y::W>(grad_table, ids, order, grad_sum, padding, partial), host);
   });
 }
 
@@ -156,12 +157,14 @@ void backward_cuda(Maybe grad_sum, Maybe grad_weight, Maybe grad_bias, Maybe par
   });
 }
 
-void scatter_cuda(Tensor grad_table, Tensor ids, Maybe order, Tensor grad_sum, int64_t padding) {
+void scatter_cuda(Tensor grad_table, Tensor ids, Maybe order, Tensor grad_sum, int64_t padding, Maybe partial) {
   if (!order) refuse("order", "is missing");
+  if (!partial) refuse("partial", "is missing");
   with_dtypes<true>(grad_sum.scalar_type(), grad_table.scalar_type(), [&](auto types) {
     using Y = decltype(types);
-    cuda::embedding_scatter(scatter_args<typename Y::T, typename Y::W>(grad_table, ids, order, grad_sum, padding),
-                            StreamLease(grad_sum));
+    cuda::embedding_scatter(
+        scatter_args<typename Y::T, typename Y::W>(grad_table, ids, order, grad_sum, padding, partial),
+        StreamLease(grad_sum));
   });
 }
 #endif
@@ -177,7 +180,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastft, m) {
       "embedding_backward(Tensor(a!)? grad_sum, Tensor(b!)? grad_weight, Tensor(c!)? grad_bias, Tensor(d!)? partial, "
       "Tensor grad_output, Tensor mean, Tensor rstd, Tensor ids, Tensor position_ids, Tensor? type_ids, Tensor word, "
       "Tensor position, Tensor? type, Tensor weight, Tensor? seed, int threshold, int use) -> ()");
-  m.def("embedding_scatter(Tensor(a!) grad_table, Tensor ids, Tensor? order, Tensor grad_sum, int padding) -> ()");
+  m.def(
+      "embedding_scatter(Tensor(a!) grad_table, Tensor ids, Tensor? order, Tensor grad_sum, int padding, Tensor(b!)? "
+      "partial=None) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastft, CPU, m) {
   m.impl("embedding_forward", TORCH_BOX(&forward_cpu));

@@ -35,7 +35,9 @@ LinearActBackward<T, W> backward_args(const std::optional<Tensor>& grad_input, c
                                       const std::optional<Tensor>& preact, const Tensor& input, const Tensor& weight,
                                       int64_t activation, const std::optional<Tensor>& add,
                                       const std::optional<Tensor>& output, const std::optional<Tensor>& low_weight,
-                                      const std::optional<Tensor>& grad_preact, const std::optional<Tensor>& partial) {
+                                      const std::optional<Tensor>& grad_preact, const std::optional<Tensor>& partial,
+                                      const std::optional<Tensor>& input_preact,
+                                      const std::optional<Tensor>& input_again, int64_t input_activation) {
   const int64_t N = weight.size(0), K = weight.size(1), M = input.size(0);
   if (activation != 0 && !preact) refuse("preact", "is missing");
   const bool x32 = takes_float<T, W>(input);
@@ -59,7 +61,10 @@ LinearActBackward<T, W> backward_args(const std::optional<Tensor>& grad_input, c
           pointer<const T>(low_weight, "low_weight", {N, K}),
           pointer<T>(grad_preact, "grad_preact", {M, N}),
           pointer<float>(partial, "partial", {splits, N * K + N}),
-          splits};
+          splits,
+          pointer<const T>(input_preact, "input_preact", {M, K}),
+          pointer<T>(input_again, "input_again", {M, K}),
+          int(input_activation)};
 }
 
 #ifdef FASTFT_WITH_CUDA
@@ -83,13 +88,15 @@ void forward_cpu(Tensor output, std::optional<Tensor> preact, Tensor input, Tens
 void backward_cpu(std::optional<Tensor> grad_input, std::optional<Tensor> grad_weight, std::optional<Tensor> grad_bias,
                   Tensor grad_output, std::optional<Tensor> preact, Tensor input, Tensor weight, int64_t activation,
                   std::optional<Tensor> add, std::optional<Tensor> output, std::optional<Tensor> low_weight,
-                  std::optional<Tensor> grad_preact, std::optional<Tensor> partial) {
+                  std::optional<Tensor> grad_preact, std::optional<Tensor> partial, std::optional<Tensor> input_preact,
+                  std::optional<Tensor> input_again, int64_t input_activation) {
   with_dtypes<false>(grad_output.scalar_type(), weight.scalar_type(), [&](auto types) {
     using Y = decltype(types);
     HostLease host;
     cpu::kernels().linear_act_backward(
         backward_args<typename Y::T, typename Y::W>(grad_input, grad_weight, grad_bias, grad_output, preact, input,
-                                                    weight, activation, add, output, low_weight, grad_preact, partial),
+                                                    weight, activation, add, output, low_weight, grad_preact, partial,
+                                                    input_preact, input_again, input_activation),
         host);
   });
 }
@@ -109,16 +116,16 @@ void forward_cuda(Tensor output, std::optional<Tensor> preact, Tensor input, Ten
 void backward_cuda(std::optional<Tensor> grad_input, std::optional<Tensor> grad_weight, std::optional<Tensor> grad_bias,
                    Tensor grad_output, std::optional<Tensor> preact, Tensor input, Tensor weight, int64_t activation,
                    std::optional<Tensor> add, std::optional<Tensor> output, std::optional<Tensor> low_weight,
-                   std::optional<Tensor> grad_preact, std::optional<Tensor> partial) {
+                   std::optional<Tensor> grad_preact, std::optional<Tensor> partial, std::optional<Tensor> input_preact,
+                   std::optional<Tensor> input_again, int64_t input_activation) {
   with_dtypes<true>(input.scalar_type(), weight.scalar_type(), [&](auto types) {
     using Y = decltype(types);
-    constexpr bool kTensorCores = sizeof(typename Y::T) == 2;
     if (grad_input) need_low_weight<typename Y::T, typename Y::W>(low_weight);
-    if (kTensorCores && preact && !grad_preact && (grad_input || grad_weight || grad_bias))
-      refuse("grad_preact", "is missing");
+    if (preact && !grad_preact && (grad_input || grad_weight || grad_bias)) refuse("grad_preact", "is missing");
     cuda::linear_act_backward(
         backward_args<typename Y::T, typename Y::W>(grad_input, grad_weight, grad_bias, grad_output, preact, input,
-                                                    weight, activation, add, output, low_weight, grad_preact, partial),
+                                                    weight, activation, add, output, low_weight, grad_preact, partial,
+                                                    input_preact, input_again, input_activation),
         StreamLease(input));
   });
 }
@@ -133,7 +140,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastft, m) {
   m.def(
       "linear_act_backward(Tensor(a!)? grad_input, Tensor(b!)? grad_weight, Tensor(c!)? grad_bias, Tensor grad_output, "
       "Tensor? preact, Tensor input, Tensor weight, int activation, Tensor? add=None, Tensor(d!)? output=None, Tensor? "
-      "low_weight=None, Tensor(e!)? grad_preact=None, Tensor(f!)? partial=None) -> ()");
+      "low_weight=None, Tensor(e!)? grad_preact=None, Tensor(f!)? partial=None, Tensor? input_preact=None, "
+      "Tensor(g!)? input_again=None, int input_activation=0) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastft, CPU, m) {
   m.impl("linear_act_forward", TORCH_BOX(&forward_cpu));

@@ -46,7 +46,10 @@ struct DropoutCall {
     philox(c, uint64_t(seed));
     for (int i = 0; i < 4; ++i) words[i] = uint32_t(c[i]);
   }
-  FASTFT_INLINE uint32_t number(int slot) const { return words[slot / 2] >> (16 * (slot % 2)) & 0xffffu; }
+  FASTFT_INLINE uint32_t number(int slot) const {  // by comparisons: an array in registers has no index
+    const uint32_t low = slot < 2 ? words[0] : words[1], high = slot < 6 ? words[2] : words[3];
+    return (slot < 4 ? low : high) >> (16 * (slot % 2)) & 0xffffu;
+  }
 };
 
 FASTFT_INLINE int64_t dropout_groups(int64_t cols) { return (cols + kDropoutGroup - 1) / kDropoutGroup; }

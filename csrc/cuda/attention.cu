@@ -13,6 +13,8 @@ namespace fastft::cuda {
 namespace {
 
 constexpr int kWarps = 4;  // of a block
+template <class T>
+constexpr int kBlocks = sizeof(T) == 8 ? 1 : 4;  // of an SM, at least
 constexpr int kLargestHead = 256, kPerLane = kLargestHead / kWarp;
 
 template <class F>
@@ -66,12 +68,18 @@ __device__ F factor(const Args& p, int64_t row, int64_t key) {
   return int64_t(number) >= p.threshold ? F(dropout_scale(p.threshold)) : F(0);
 }
 
-// sum[e] += over the lanes r < live: weight of r times row(r)[lane + e kWarp]
+// sum[e] += over the lanes r < live: weight of r times row(r)[lane + e kWarp]. Weights go by way of shared memory, which is
+// read as fast as lanes shuffle.
 template <class F, class Row>
 __device__ void add_rows(F (&sum)[kPerLane], F weight, int live, int lane, int64_t D, const Row& row) {
+  __shared__ F of_lanes[kWarps][kWarp];
+  F* const weights = of_lanes[threadIdx.x / kWarp];
+  __syncwarp();  // an earlier call's have been read
+  weights[lane] = weight;
+  __syncwarp();
   F part[kPerLane] = {};
   for (int r = 0; r < live; ++r) {
-    const F w = __shfl_sync(kAllLanes, weight, r);
+    const F w = weights[r];
     const auto* const of_r = row(r);
 #pragma unroll
     for (int e = 0; e < kPerLane; ++e)
@@ -95,7 +103,7 @@ __device__ int at_most_a_warp(F n) {
 // ---- kernels
 
 template <class T>
-__global__ void __launch_bounds__(kWarps* kWarp) forward_kernel(AttentionForward<T, T> p, bool float_bias) {
+__global__ void __launch_bounds__(kWarps* kWarp, kBlocks<T>) forward_kernel(AttentionForward<T, T> p, bool float_bias) {
   using F = Compute<T>;
   const Place at(p, p.Sq);
   if (!at.live || at.i >= at.queries) return;  // a whole warp
@@ -142,7 +150,8 @@ __device__ Weight<F> weight_of(const Args& p, const Place& at, int64_t i, int64_
 }
 
 template <class T>
-__global__ void __launch_bounds__(kWarps* kWarp) grad_query_kernel(AttentionBackward<T, T> p, bool float_bias) {
+__global__ void __launch_bounds__(kWarps* kWarp, kBlocks<T>)
+    grad_query_kernel(AttentionBackward<T, T> p, bool float_bias) {
   using F = Compute<T>;
   const Place at(p, p.Sq);
   if (!at.live || at.i >= at.queries) return;
@@ -169,7 +178,8 @@ __global__ void __launch_bounds__(kWarps* kWarp) grad_query_kernel(AttentionBack
 }
 
 template <class T>
-__global__ void __launch_bounds__(kWarps* kWarp) grad_key_kernel(AttentionBackward<T, T> p, bool float_bias) {
+__global__ void __launch_bounds__(kWarps* kWarp, kBlocks<T>)
+    grad_key_kernel(AttentionBackward<T, T> p, bool float_bias) {
   using F = Compute<T>;
   const Place at(p, p.Sk);
   if (!at.live || at.i >= at.keys) return;

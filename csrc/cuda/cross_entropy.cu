@@ -1,9 +1,11 @@
 // Softmax cross-entropy; csrc/cpu/cross_entropy.cpp has the formulas, from which h, k and g are named here.
 // Moves 3 M C sizeof(T) bytes for M rows: the forward reads the logits once, the backward reads them and writes dx.
-// A team of 1, 32 or 256 threads works on a row, each by an online softmax over 16 values (4 with soft targets) at a time. Classes that do
-// not come last are one thread's: then neighbouring threads read neighbouring rows, which is where memory is
+// A team of 1, 32 or 256 threads works on a row, each by an online softmax over 16 values (8 with soft targets) at a time.
+// They are read and written 16 bytes at a time wherever the row begins: BERT's 30522 classes put most rows off any grid, so
+// that whole pieces begin behind the first few classes, and those at both ends are taken one by one. Classes that do not come
+// last are one thread's: then neighbouring threads read neighbouring rows, which is where memory is
 // contiguous. Soft targets are always a warp's: their other kernels would be a third of this file's code. A reduction is a
-// second launch of one block: its order follows from M.
+// second launch of one block: its order follows from M. Not yet run on a GPU.
 #include <cassert>
 
 #include "device.cuh"
@@ -12,8 +14,10 @@ namespace fastft::cuda {
 namespace {
 
 constexpr int kThreads = 256;
+template <class T>
+constexpr int kBlocks = sizeof(T) == 8 ? 1 : 2;  // of an SM, at least
 template <bool kSoft>
-constexpr int kBlock = kSoft ? 4 : 16;               // values of a thread that share one look at the maximum
+constexpr int kBlock = kSoft ? 8 : 16;               // values of a thread that share one look at the maximum
 constexpr int64_t kOneThread = 16, kOneWarp = 1024;  // classes up to which a row is not worth a warp, a block
 
 template <int kTeam, class F, class Op>
@@ -26,7 +30,7 @@ __device__ F team_reduce(F value, Op op) {
     return value;
 }
 
-// A thread's place: its team's row, and which of the row's classes are its: every kTeam-th from `lane` on.
+// A thread's place: its team's row, and which of the row's pieces are its: every kTeam-th from `lane` on.
 template <int kTeam, class Args>
 struct Place {
   int64_t row, at;  // at: the row's first logit
@@ -37,6 +41,37 @@ struct Place {
         at(row / p.S * p.C * p.S + row % p.S),
         lane(threadIdx.x % kTeam) {}
 };
+
+// ---- a row is whole pieces, n classes between multiples of 16 bytes, and at its two ends the classes that are left; where
+// classes do not lie side by side, or the results on another grid, all of them are
+
+template <int kTeam, class T>
+constexpr int kPiece = kTeam == 1 ? 1 : kWidth<T>;
+
+template <int n>
+struct Pieces {
+  int64_t begin, end;  // classes that whole pieces have; with n = 1 all, wherever they lie
+  int64_t left;        // number of the others
+
+  template <class T>
+  __device__ Pieces(const T* row, const T* result, int64_t C, int64_t stride) : begin(0), end(C), left(0) {
+    if (n == 1) return;
+    const auto place = [](const T* at) { return int64_t(reinterpret_cast<uintptr_t>(at) / sizeof(T) % n); };
+    begin = (n - place(row)) % n;
+    end = begin + (C - begin) / n * n;
+    if (stride != 1 || begin > C || (result && place(result) != place(row))) begin = end = 0;
+    left = C - (end - begin);
+  }
+  __device__ int64_t class_left(int64_t i) const { return i < begin ? i : i - begin + end; }
+};
+
+template <int n, class T>
+__device__ Vector<T, n> piece_of(const T* row, int64_t c, int64_t stride) {
+  if constexpr (n == 1)
+    return {{row[c * stride]}};
+  else
+    return *reinterpret_cast<const Vector<T, n>*>(row + c);
+}
 
 template <class F, class Args>
 __device__ F weight_of(const Args& p, int64_t c) {
@@ -61,10 +96,11 @@ __device__ Target<F> target_of(const Args& p, int64_t row) {
   return {c, F(1 - p.smoothing) * weight, weight, false};
 }
 
+// k; uniform: smoothing / C, of the host's division.
 template <class F, class Args>
-__device__ F soft_target(const Args& p, int64_t at, int64_t c) {  // k
+__device__ F soft_target(const Args& p, F uniform, int64_t at, int64_t c) {
   const F q = p.q ? F(to_float(p.q[at + c * p.S])) : F(0);
-  return (F(p.smoothing / double(p.C)) + F(1 - p.smoothing) * q) * weight_of<F>(p, c);
+  return (uniform + F(1 - p.smoothing) * q) * weight_of<F>(p, c);
 }
 
 template <bool kSoft, class F>
@@ -82,34 +118,56 @@ struct Online {
 // ---- kernels
 
 template <int kTeam, bool kSoft, class T, class W>
-__global__ void __launch_bounds__(kThreads) forward_kernel(CrossEntropyForward<T, W> p) {
+__global__ void __launch_bounds__(kThreads, kBlocks<T>)
+    forward_kernel(CrossEntropyForward<T, W> p, Compute<T> uniform) {
   using F = Compute<T>;
   const Place<kTeam, CrossEntropyForward<T, W>> place(p);
   const int64_t rows = p.N * p.S, row = place.row;
   if (row >= rows) return;  // a whole team
 
-  constexpr int kValues = kBlock<kSoft>;
+  constexpr int n = kPiece<kTeam, T>, kPieces = kBlock<kSoft> / n;
+  const T* const x = p.x + place.at;
+  const Pieces<n> whole(x, static_cast<const T*>(nullptr), p.C, p.S);
   Online<kSoft, F> online;
-  for (int64_t from = place.lane; from < p.C; from += kValues * kTeam) {
-    F x[kValues], top = online.max;
+  for (int64_t c = whole.begin + int64_t(place.lane) * n; c < whole.end; c += kPieces * kTeam * n) {
+    F values[kPieces][n], top = online.max;
+    Vector<T, n> pieces[kPieces];
 #pragma unroll
-    for (int i = 0; i < kValues; ++i) {
-      const int64_t c = from + i * kTeam;
-      x[i] = c < p.C ? F(to_float(p.x[place.at + c * p.S])) : F(-HUGE_VAL);
-      top = x[i] > top ? x[i] : top;
-    }
+    for (int i = 0; i < kPieces; ++i)
+      if (c + i * kTeam * n < whole.end) pieces[i] = piece_of<n>(x, c + i * kTeam * n, p.S);
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i)
+#pragma unroll
+      for (int e = 0; e < n; ++e) {
+        values[i][e] = c + i * kTeam * n < whole.end ? F(to_float(pieces[i].v[e])) : F(-HUGE_VAL);
+        top = values[i][e] > top ? values[i][e] : top;
+      }
     online.raise(top);
     F sum = 0, dot = 0, mass = 0;
 #pragma unroll
-    for (int i = 0; i < kValues; ++i) {
-      const int64_t c = from + i * kTeam;
-      sum += exp(x[i] - top);
-      if (kSoft && c < p.C) {
-        const F k = soft_target<F>(p, place.at, c);
-        dot += k * (x[i] - top), mass += k;
+    for (int i = 0; i < kPieces; ++i)
+#pragma unroll
+      for (int e = 0; e < n; ++e) {
+        const F below = values[i][e] - top;
+        sum += exp(below);
+        if (kSoft && c + i * kTeam * n < whole.end) {
+          const F k = soft_target(p, uniform, place.at, c + i * kTeam * n + e);
+          dot += k * below, mass += k;
+        }
+      }
+    online.sum += sum, online.dot += dot, online.mass += mass;
+  }
+  if constexpr (n > 1) {
+    for (int64_t i = place.lane; i < whole.left; i += kTeam) {
+      const int64_t c = whole.class_left(i);
+      const F value = to_float(x[c * p.S]);
+      online.raise(value > online.max ? value : online.max);
+      online.sum += exp(value - online.max);
+      if (kSoft) {
+        const F k = soft_target(p, uniform, place.at, c);
+        online.dot += k * (value - online.max), online.mass += k;
       }
     }
-    online.sum += sum, online.dot += dot, online.mass += mass;
   }
   online.raise(team_reduce<kTeam>(online.max, Max()));
   const F log_sum = log(team_reduce<kTeam>(online.sum, Sum()));
@@ -147,7 +205,8 @@ __global__ void __launch_bounds__(kThreads) reduce_kernel(CrossEntropyForward<T,
 }
 
 template <int kTeam, bool kSoft, class T, class W>
-__global__ void __launch_bounds__(kThreads) backward_kernel(CrossEntropyBackward<T, W> p) {
+__global__ void __launch_bounds__(kThreads, kBlocks<T>)
+    backward_kernel(CrossEntropyBackward<T, W> p, Compute<T> uniform) {
   using F = Compute<T>;
   const Place<kTeam, CrossEntropyBackward<T, W>> place(p);
   const int64_t rows = p.N * p.S, row = place.row;
@@ -157,14 +216,43 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(CrossEntropyBackward
   F grad = to_float(p.dy[p.reduction == kNone ? row : 0]);
   if (p.reduction == kMean) grad /= *p.divisor;
   const F hard = grad * t.hard, softmax = (kSoft ? hard + grad * p.stats[2 * rows + row] : hard) * exp(-log_sum);
-  for (int64_t c = place.lane; c < p.C; c += kTeam) {
-    const int64_t at = place.at + c * p.S;
-    const F x = to_float(p.x[at]) - max;
-    F dx = exp(x) * softmax;
-    if (kSoft) dx -= grad * soft_target<F>(p, place.at, c);
+  constexpr int n = kPiece<kTeam, T>, kPieces = n > 1 && !kSoft ? 2 : 1;
+  const T* const x = p.x + place.at;
+  T* const dx = p.dx ? p.dx + place.at : nullptr;
+  const auto gradient = [&](T logit, int64_t c) {  // of class c; and of its probability
+    const F below = F(to_float(logit)) - max;
+    F dx = exp(below) * softmax;
+    if (kSoft) dx -= grad * soft_target(p, uniform, place.at, c);
     if (c == t.index) dx -= hard;
-    if (p.dx) p.dx[at] = from_float<T>(t.ignored ? F(0) : dx);
-    if (kSoft && p.dq) p.dq[at] = from_float<W>(grad * F(1 - p.smoothing) * weight_of<F>(p, c) * (log_sum - x));
+    if (kSoft && p.dq)
+      p.dq[place.at + c * p.S] = from_float<W>(grad * F(1 - p.smoothing) * weight_of<F>(p, c) * (log_sum - below));
+    return from_float<T>(t.ignored ? F(0) : dx);
+  };
+  const Pieces<n> whole(x, dx, p.C, p.S);
+  for (int64_t from = whole.begin + int64_t(place.lane) * n; from < whole.end; from += kPieces * kTeam * n) {
+    Vector<T, n> pieces[kPieces];
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i)
+      if (from + i * kTeam * n < whole.end) pieces[i] = piece_of<n>(x, from + i * kTeam * n, p.S);
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      const int64_t c = from + i * kTeam * n;
+      if (c >= whole.end) break;
+#pragma unroll
+      for (int e = 0; e < n; ++e) pieces[i].v[e] = gradient(pieces[i].v[e], c + e);
+      if (!dx) continue;
+      if constexpr (n == 1)
+        dx[c * p.S] = pieces[i].v[0];
+      else
+        *reinterpret_cast<Vector<T, n>*>(dx + c) = pieces[i];
+    }
+  }
+  if constexpr (n > 1) {
+    for (int64_t i = place.lane; i < whole.left; i += kTeam) {
+      const int64_t c = whole.class_left(i);
+      const T result = gradient(x[c * p.S], c);
+      if (dx) dx[c * p.S] = result;
+    }
   }
 }
 
@@ -189,12 +277,17 @@ void with_team(const Args& p, const Body& body) {
   }
 }
 
+template <template <class, class> class Args, class T, class W>
+Compute<T> uniform_of(const Args<T, W>& p) {
+  return Compute<T>(p.smoothing / double(p.C));
+}
+
 }  // namespace
 
 template <class T, class W>
 void cross_entropy_forward(const CrossEntropyForward<T, W>& p, Stream stream) {
   with_team<T>(p, [&](auto team, auto soft, dim3 grid) {
-    launch(forward_kernel<team.value, soft.value, T, W>, grid, kThreads, 0, stream, p);
+    launch(forward_kernel<team.value, soft.value, T, W>, grid, kThreads, 0, stream, p, uniform_of(p));
   });
   if (p.reduction != kNone) launch(reduce_kernel<T, W>, dim3(1), kThreads, 0, stream, p);
 }
@@ -202,7 +295,7 @@ void cross_entropy_forward(const CrossEntropyForward<T, W>& p, Stream stream) {
 template <class T, class W>
 void cross_entropy_backward(const CrossEntropyBackward<T, W>& p, Stream stream) {
   with_team<T>(p, [&](auto team, auto soft, dim3 grid) {
-    launch(backward_kernel<team.value, soft.value, T, W>, grid, kThreads, 0, stream, p);
+    launch(backward_kernel<team.value, soft.value, T, W>, grid, kThreads, 0, stream, p, uniform_of(p));
   });
 }
 

@@ -1,4 +1,4 @@
-// What every CUDA kernel uses: launch(), grid sizes, reductions over a warp and a block.
+// What every CUDA kernel uses: launch(), grid sizes, vectors, reductions over a warp and a block.
 // Kernels are compiled by nvcc, and by g++ against the host implementation of CUDA in tests/simt.
 #pragma once
 #include <cuda_runtime.h>
@@ -73,6 +73,25 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, Stream s
   if (error != cudaSuccess)
     throw std::runtime_error("fastft: " + kernel_name(reinterpret_cast<const void*>(kernel)) +
                              ": CUDA error: " + cudaGetErrorString(error) + advice(error));
+}
+
+// ---- vectors: n neighbours in memory that are moved at once
+
+template <class T, int n>
+struct alignas(n * sizeof(T) < 16 ? n * sizeof(T) : 16) Vector {
+  T v[n];
+};
+
+// How many neighbours of each of these types are at most 16 bytes.
+template <class T, class... More>
+constexpr int kWidth = kWidth<T> < kWidth<More...> ? kWidth<T> : kWidth<More...>;
+template <class T>
+constexpr int kWidth<T> = 16 / int(sizeof(T));
+
+// Whether vectors may begin at each of these, of which some may be null.
+template <class... T>
+__host__ __device__ bool aligned(const T*... data) {
+  return ((reinterpret_cast<uintptr_t>(data) % 16 == 0) && ...);
 }
 
 // ---- reductions by a commutative op: every thread gets the same bits; the order depends on the block's size only

@@ -1,46 +1,69 @@
 // What an encoder begins with: rows of three tables, LayerNorm, dropout; cpu/embedding.cpp has the formulas.
 //   ids (M) int64   word (V, H), position (P, H), type (C, H), w, b W   y, dy, dh (M, H) T   mean, rstd fp32 (fp64 for fp64)
-// Moves M H (sizeof(W) + sizeof(T)) bytes forward, backward M H (2 sizeof(W) + 3 sizeof(T)) and for each table M H sizeof(T) more, besides its
-// gradient: at 3 TB/s 9 us and 25 us for 4096 x 768 in fp32 with three tables, and 31 us for BERT's words.
-// One warp per row, as layer_norm.cu has it. A table's gradient is summed by one block for each id that occurs, over rows that were sorted by id
-// (stably, so that the order is theirs): nothing is added atomically.
+// Moves M H (sizeof(W) + sizeof(T)) bytes forward, backward M H (2 sizeof(W) + 3 sizeof(T)) and for each table M H sizeof(T)
+// more, besides its gradient: at 3 TB/s 9 us and 25 us for 4096 x 768 in fp32 with three tables, and 31 us for BERT's words.
+// One warp per row, as layer_norm.cu has it. The gradient of a table sums rows that were sorted by id (stably, so that the
+// order is theirs): a warp takes kScatterRows of them, and what goes on in the next ones is added by a second kernel, so
+// that a table of two rows, of types, has as many warps as one of words. Nothing is added atomically. Not yet run on a GPU.
 #include <cassert>
 
-#include "row_norm.cuh"
+#include "row.cuh"
 
 namespace fastft::cuda {
 namespace {
 
-// The sum of the tables' rows at column j.
-template <class Acc, class Args>
-__device__ Acc sum_at(const Args& p, int64_t row, int64_t j) {
-  Acc sum = Acc(to_float(p.word[p.ids[row] * p.H + j]));
-  if (p.type_ids) sum += Acc(to_float(p.type[p.type_ids[row] * p.H + j]));
-  return sum + Acc(to_float(p.position[p.position_ids[row] * p.H + j]));
-}
+template <class W, int n>
+struct RowsOfTables {
+  Stored<W, n> word, type, position;
 
-template <class Args>
-__device__ void check_ids(const Args& p, int64_t row) {
-  assert(p.ids[row] >= 0 && p.ids[row] < p.V && "embeddings: an id is out of range");
-  assert(p.position_ids[row] >= 0 && p.position_ids[row] < p.P && "embeddings: a position is out of range");
-  assert((!p.type_ids || (p.type_ids[row] >= 0 && p.type_ids[row] < p.C)) && "embeddings: a type is out of range");
-}
+  template <class F>
+  __device__ OfLane<F> sum() const {
+    OfLane<F> sum = word.template as<F>();
+    const OfLane<F> t = type.template as<F>(), p = position.template as<F>();
+#pragma unroll
+    for (int i = 0; i < kOfLane; ++i) sum.v[i] = sum.v[i] + t.v[i] + p.v[i];
+    return sum;
+  }
+};
 
-template <class T, class W>
-__global__ void embedding_forward_kernel(EmbeddingForward<T, W> p) {
-  using Acc = Compute<W>;
+// The three rows that are added.
+template <class W>
+struct Sources {
+  const W *word, *type, *position;
+
+  template <class Args>
+  __device__ Sources(const Args& p, int64_t row)
+      : word(p.word + p.ids[row] * p.H),
+        type(p.type_ids ? p.type + p.type_ids[row] * p.H : nullptr),
+        position(p.position + p.position_ids[row] * p.H) {
+    assert(p.ids[row] >= 0 && p.ids[row] < p.V && "embeddings: an id is out of range");
+    assert(p.position_ids[row] >= 0 && p.position_ids[row] < p.P && "embeddings: a position is out of range");
+    assert((!type || (p.type_ids[row] >= 0 && p.type_ids[row] < p.C)) && "embeddings: a type is out of range");
+  }
+
+  template <int n>
+  __device__ RowsOfTables<W, n> read(int64_t first, int64_t H) const {
+    return {load<n>(word, first, H), load<n>(type, first, H), load<n>(position, first, H)};
+  }
+};
+
+template <class T, class W, int n>
+__global__ void __launch_bounds__(kThreadsOfRows, kRowBlocks<W>) embedding_forward_kernel(EmbeddingForward<T, W> p) {
+  using F = Compute<W>;
   const int64_t row = int64_t(blockIdx.x) * kRowsPerBlock + threadIdx.y;
   if (row >= p.M) return;  // a whole warp leaves
-  check_ids(p, row);
-  const auto each = [&](const auto& body) {
-    for (int64_t j = threadIdx.x; j < p.H; j += kWarp) body(j, sum_at<Acc>(p, row, j));
-  };
-  Acc total = 0;
-  each([&](int64_t, Acc value) { total += value; });
-  const RowMoments<Acc> moments = row_moments(total, p.H, p.eps, each);
-  for_columns<Acc>(row, p.H, p.seed, p.threshold, p.use, [&](int64_t j, Acc factor) {
-    const Acc n = (sum_at<Acc>(p, row, j) - moments.about - moments.shift) * moments.rstd;
-    p.y[row * p.H + j] = from_float<T>((n * Acc(to_float(p.w[j])) + Acc(to_float(p.b[j]))) * factor);
+  const Sources<W> sources(p, row);
+  const Kept<F> kept = kept_of_row<OfLane<F>, F>(p, row);
+  const HeldRow sum(p.H, [&](int64_t first) { return sources.template read<n>(first, p.H).template sum<F>(); });
+  const RowMoments<F> moments = row_moments<n, F>(sum, p.eps);
+  sum.template each<false>([&](const OfLane<F>& h, int64_t first) {
+    const OfLane<F> w = load<n>(p.w, first, p.H).template as<F>(), b = load<n>(p.b, first, p.H).template as<F>();
+    OfLane<F> y;
+#pragma unroll
+    for (int i = 0; i < kOfLane; ++i)
+      y.v[i] = (h.v[i] - moments.about - moments.shift) * moments.rstd * w.v[i] + b.v[i];
+    drop<n>(y, kept, first);
+    store<n>(p.y + row * p.H, first, p.H, y);
   });
   if (threadIdx.x == 0) {
     if (p.mean) p.mean[row] = moments.about + moments.shift;
@@ -48,98 +71,166 @@ __global__ void embedding_forward_kernel(EmbeddingForward<T, W> p) {
   }
 }
 
-template <class T, class W>
-__global__ void embedding_backward_kernel(EmbeddingBackward<T, W> p) {
-  using Acc = Compute<W>;
+// n = (h - mean) rstd, and dropout's factor times dy.
+template <class F, int n, class T, class W>
+__device__ NormalAndGradient<F> normal_and_gradient(const EmbeddingBackward<T, W>& p, const Sources<W>& sources,
+                                                    const Kept<F>& kept, int64_t row, int64_t first) {
+  const Stored<T, n> dy = load<n>(p.dy + row * p.H, first, p.H);
+  OfLane<F> h = sources.template read<n>(first, p.H).template sum<F>(), g = dy.template as<F>();
+  drop<n>(g, kept, first);
+  const F mean = p.mean[row], rstd = p.rstd[row];
+#pragma unroll
+  for (int i = 0; i < kOfLane; ++i) h.v[i] = (h.v[i] - mean) * rstd;
+  return {h, g};
+}
+
+template <class T, class W, int n>
+__global__ void __launch_bounds__(kThreadsOfRows, kRowBlocks<W>) embedding_backward_kernel(EmbeddingBackward<T, W> p) {
+  using F = Compute<W>;
   const int64_t row = int64_t(blockIdx.x) * kRowsPerBlock + threadIdx.y;
   if (row >= p.M) return;
-  check_ids(p, row);
-  const int64_t at = row * p.H;
-  const Acc mean = p.mean[row], rstd = p.rstd[row];
-  const auto each = [&](const auto& body) {
-    for_columns<Acc>(row, p.H, p.seed, p.threshold, p.use, [&](int64_t j, Acc factor) {
-      const Acc g = Acc(to_float(p.dy[at + j])) * factor * Acc(to_float(p.w[j]));
-      body(j, g, (sum_at<Acc>(p, row, j) - mean) * rstd);
-    });
-  };
-  Acc g_total = 0, gn_total = 0;
-  each([&](int64_t, Acc g, Acc n) {
-    g_total += g;
-    gn_total += g * n;
+  const Sources<W> sources(p, row);
+  const Kept<F> kept = kept_of_row<NormalAndGradient<F>, F>(p, row);
+  const HeldRow given(p.H, [&](int64_t first) {
+    NormalAndGradient<F> x = normal_and_gradient<F, n>(p, sources, kept, row, first);
+    const OfLane<F> w = load<n>(p.w, first, p.H).template as<F>();
+#pragma unroll
+    for (int i = 0; i < kOfLane; ++i) x.g.v[i] *= w.v[i];
+    return x;
   });
-  const Acc g_mean = warp_reduce(g_total, Sum()) / Acc(p.H), gn_mean = warp_reduce(gn_total, Sum()) / Acc(p.H);
-  each([&](int64_t j, Acc g, Acc n) { p.dh[at + j] = from_float<T>((g - g_mean - n * gn_mean) * rstd); });
+  norm_backward(given, F(p.rstd[row]),
+                [&](const OfLane<F>& dh, int64_t first) { store<n>(p.dh + row * p.H, first, p.H, dh); });
 }
 
-// partial[chunk] = sums of dropout's factor dy n, and of factor dy, over the chunk's rows; a warp takes 128 columns.
-template <class T, class W>
-__global__ void embedding_partial_kernel(EmbeddingBackward<T, W> p) {
-  using Acc = Compute<W>;
-  const int64_t groups = dropout_groups(p.H), chunk = blockIdx.x / groups, group = blockIdx.x % groups;
-  Acc dw[kSlotsOfLane] = {}, db[kSlotsOfLane] = {};
-  for (int64_t row = chunk * kSumRows; row < p.M && row < (chunk + 1) * kSumRows; ++row) {
-    check_ids(p, row);
-    const LaneFactors<Acc> factors(row, group, groups, p.seed, p.threshold, p.use);
-    for (int i = 0; i < kSlotsOfLane; ++i) {
-      const int64_t j = column_of_lane(group, i);
-      if (j >= p.H) continue;
-      const Acc dy = Acc(to_float(p.dy[row * p.H + j])) * factors.of_slot[i];
-      dw[i] += dy * (sum_at<Acc>(p, row, j) - p.mean[row]) * p.rstd[row];
-      db[i] += dy;
+// Sums of dropout's factor dy n, and of factor dy.
+template <class T, class W, int n>
+__global__ void __launch_bounds__(kSumWarps* kWarp, sizeof(Compute<W>) == 8 ? 1 : 2)
+    embedding_partial_kernel(EmbeddingBackward<T, W> p) {
+  using F = Compute<W>;
+  __shared__ __align__(8) uint8_t calls[kSumWarps][kCallsOfSpan];
+  sum_rows<n>(p.partial, p.M, p.H, [&](OfLane<F>(&sums)[2], int64_t row, int64_t first) {
+    __syncwarp();  // the last row's calls have been read
+    const Kept<F> kept = kept_of<F>(calls[threadIdx.y], p, row, first, kCallsOfSpan);
+    const NormalAndGradient<F> x = normal_and_gradient<F, n>(p, Sources<W>(p, row), kept, row, first);
+#pragma unroll
+    for (int i = 0; i < kOfLane; ++i) {
+      sums[0].v[i] += x.g.v[i] * x.n.v[i];
+      sums[1].v[i] += x.g.v[i];
     }
-  }
-  for (int i = 0; i < kSlotsOfLane; ++i) {
-    const int64_t j = column_of_lane(group, i);
-    if (j >= p.H) continue;
-    p.partial[chunk * 2 * p.H + j] = dw[i];
-    p.partial[(chunk * 2 + 1) * p.H + j] = db[i];
+  });
+}
+
+// ---- gradients of tables. Of the sorted ids a run of equal ones has one sum; a part is kScatterRows of the sorted rows.
+
+template <class T, class W>
+struct Runs {
+  const EmbeddingScatter<T, W>& p;
+  int64_t part, begin, end;  // sorted rows of the part
+
+  __device__ Runs(const EmbeddingScatter<T, W>& p, int64_t part)
+      : p(p),
+        part(part),
+        begin(part * kScatterRows),
+        end((part + 1) * kScatterRows < p.M ? (part + 1) * kScatterRows : p.M) {}
+
+  __device__ bool begins_earlier() const { return begin > 0 && p.ids[begin - 1] == p.ids[begin]; }  // its first run
+  __device__ bool goes_on() const { return end < p.M && p.ids[end - 1] == p.ids[end]; }             // its last
+  __device__ bool is_one() const { return p.ids[begin] == p.ids[end - 1]; }
+  // (parts, 2, H): sums of a part's first run, if that begins earlier, and of its last, if that goes on.
+  __device__ Statistic<W>* partial(int64_t part, bool last) const { return p.partial + (part * 2 + last) * p.H; }
+};
+
+template <class T, class W, int n>
+__global__ void __launch_bounds__(kThreadsOfRows, kRowBlocks<W>) embedding_scatter_kernel(EmbeddingScatter<T, W> p) {
+  using F = Compute<W>;
+  const int64_t spans = ceil_div(p.H, kSpan), warp = int64_t(blockIdx.x) * kRowsPerBlock + threadIdx.y;
+  const int64_t first = warp % spans * kSpan;
+  const Runs<T, W> runs(p, warp / spans);
+  if (runs.begin >= p.M) return;
+  const auto row = [&](int64_t at) { return load<n>(p.dh + p.order[at] * p.H, first, p.H); };
+  OfLane<F> sum = {};
+  bool is_first = true;  // run of this part
+  Stored<T, n> next = row(runs.begin);
+#pragma unroll 1
+  for (int64_t at = runs.begin; at < runs.end; ++at) {
+    const OfLane<F> dh = next.template as<F>();
+    if (at + 1 < runs.end) next = row(at + 1);  // on its way while this one is added
+    const int64_t id = p.ids[at];
+    assert(id >= 0 && id < p.V && "embeddings: an id is out of range");
+#pragma unroll
+    for (int i = 0; i < kOfLane; ++i) sum.v[i] += dh.v[i];
+    if (at + 1 < runs.end && p.ids[at + 1] == id) continue;
+    const bool began_earlier = is_first && runs.begins_earlier();
+    if (began_earlier || (at + 1 == runs.end && runs.goes_on()))
+      store<n>(runs.partial(runs.part, !began_earlier), first, p.H, sum);
+    else if (id != p.padding)
+      store<n>(p.dtable + id * p.H, first, p.H, sum);
+    sum = {};
+    is_first = false;
   }
 }
 
-constexpr int kColumns = 128;  // threads of the kernel below
-
-// A block for each of the sorted ids and kColumns columns; the first of equal ones sums for all.
-template <class T, class W>
-__global__ void embedding_scatter_kernel(EmbeddingScatter<T, W> p) {
-  using Acc = Compute<W>;
-  const int64_t blocks = ceil_div(p.H, kColumns), j = blockIdx.x % blocks * kColumns + threadIdx.x;
-  int64_t at = blockIdx.x / blocks;
-  const int64_t id = p.ids[at];
-  if (j >= p.H || id == p.padding || (at > 0 && p.ids[at - 1] == id)) return;
-  assert(id >= 0 && id < p.V && "embeddings: an id is out of range");
-  Acc total = 0;
-  while (at < p.M && p.ids[at] == id) {
-    Acc sum = 0;
-    for (int64_t end = at + kSumRows; at < end && at < p.M && p.ids[at] == id; ++at)
-      sum += Acc(to_float(p.dh[p.order[at] * p.H + j]));
-    total += sum;
+// The sums of runs that do not end in the part where they begin, a block for each such part and span.
+template <class T, class W, int n>
+__global__ void __launch_bounds__(kSumWarps* kWarp, 2) embedding_runs_kernel(EmbeddingScatter<T, W> p) {
+  using F = Compute<W>;
+  const int64_t spans = ceil_div(p.H, kSpan), first = blockIdx.x % spans * kSpan;
+  const Runs<T, W> runs(p, blockIdx.x / spans);
+  if (!runs.goes_on() || (runs.is_one() && runs.begins_earlier())) return;
+  const int64_t id = p.ids[runs.end - 1];
+  if (id == p.padding) return;
+  int64_t inside = runs.end, behind = p.M;  // of the run, by bisection: it may be all rows
+  while (behind - inside > 1) {
+    const int64_t middle = inside + (behind - inside) / 2;
+    (p.ids[middle] == id ? inside : behind) = middle;
   }
-  p.dtable[id * p.H + j] = from_float<W>(total);
+  const int64_t last = inside / kScatterRows;  // part that the run is in
+  OfLane<F> sum = {};
+#pragma unroll 2
+  for (int64_t part = runs.part + threadIdx.y; part <= last; part += kSumWarps) {
+    const OfLane<F> more = load<n>(runs.partial(part, part == runs.part), first, p.H).template as<F>();
+#pragma unroll
+    for (int i = 0; i < kOfLane; ++i) sum.v[i] += more.v[i];
+  }
+  __shared__ F of_warps[kSumWarps][kSpan];
+  add_warps<n>(of_warps, sum, [&](int column, F total) {
+    if (first + column < p.H) p.dtable[id * p.H + first + column] = from_float<W>(total);
+  });
 }
 
 }  // namespace
 
 // ---- launchers
+
 template <class T, class W>
 void embedding_forward(const EmbeddingForward<T, W>& p, Stream stream) {
-  launch(&embedding_forward_kernel<T, W>, grid_of(ceil_div(p.M, kRowsPerBlock)), dim3(kWarp, kRowsPerBlock), 0, stream,
-         p);
+  with_neighbours<T, W>(p.H, aligned(p.y, p.word, p.position, p.type, p.w, p.b), [&](auto n) {
+    launch(&embedding_forward_kernel<T, W, n.value>, grid_of(ceil_div(p.M, kRowsPerBlock)), dim3(kWarp, kRowsPerBlock),
+           shared_for<OfLane<Compute<W>>>(p), stream, p);
+  });
 }
 
 template <class T, class W>
 void embedding_backward(const EmbeddingBackward<T, W>& p, Stream stream) {
-  if (p.dh)
-    launch(&embedding_backward_kernel<T, W>, grid_of(ceil_div(p.M, kRowsPerBlock)), dim3(kWarp, kRowsPerBlock), 0,
-           stream, p);
-  if (!p.dw && !p.db) return;
-  const int64_t chunks = ceil_div(p.M, kSumRows);
-  launch(&embedding_partial_kernel<T, W>, grid_of(chunks * dropout_groups(p.H)), dim3(kWarp), 0, stream, p);
-  add_partial_sums(p.dw, p.db, p.partial, chunks, p.H, stream);
+  with_neighbours<T, W>(p.H, aligned(p.dh, p.dy, p.word, p.position, p.type, p.w), [&](auto n) {
+    if (p.dh)
+      launch(&embedding_backward_kernel<T, W, n.value>, grid_of(ceil_div(p.M, kRowsPerBlock)),
+             dim3(kWarp, kRowsPerBlock), shared_for<NormalAndGradient<Compute<W>>>(p), stream, p);
+    if (p.dw || p.db)
+      launch(&embedding_partial_kernel<T, W, n.value>, grid_of(sum_blocks(p.M, p.H)), dim3(kWarp, kSumWarps), 0, stream,
+             p);
+  });
+  if (p.dw || p.db) add_partial_sums(p.dw, p.db, p.partial, ceil_div(p.M, kSumRows), p.H, stream);
 }
 
 template <class T, class W>
 void embedding_scatter(const EmbeddingScatter<T, W>& p, Stream stream) {
-  launch(&embedding_scatter_kernel<T, W>, grid_of(p.M * ceil_div(p.H, kColumns)), dim3(kColumns), 0, stream, p);
+  const int64_t works = ceil_div(p.M, kScatterRows) * ceil_div(p.H, kSpan);
+  with_neighbours<T, T>(p.H, aligned(p.dtable, p.dh, p.partial), [&](auto n) {
+    launch(&embedding_scatter_kernel<T, W, n.value>, grid_of(ceil_div(works, kRowsPerBlock)),
+           dim3(kWarp, kRowsPerBlock), 0, stream, p);
+    launch(&embedding_runs_kernel<T, W, n.value>, grid_of(works), dim3(kWarp, kSumWarps), 0, stream, p);
+  });
 }
 
 #define FASTFT_X(suffix, T, W)                                              \

@@ -5,9 +5,10 @@
 // across it. Sums are fp32, in an order that depends on sizes only, rounded once, at the store.
 //
 // Work: 2 M N K FLOPs each; bytes: both operands once if L2 holds them (FFN1 of BERT-base at 4096 rows: 19.3 GFLOP and
-// 36 MB, 24 us at 800 TFLOP/s and 12 us at 3 TB/s). dz is made once, by a kernel of its own that also makes y again where
-// the backward of the next layer needs it: 3 or 4 M N elements moved. db costs no pass: the blocks of dw's first column
-// of tiles multiply the tiles of dz that they hold by ones, too.
+// 36 MB, 24 us at 800 TFLOP/s and 12 us at 3 TB/s). dz is made in the epilogue of the product before, where this layer's y is
+// the x of a linear layer: dx, times act'(z), and y again, for the gradient of that layer's weight; elsewhere by a pass of its
+// own (linear_act.cu). db costs no pass: the blocks of dw's first column of tiles multiply the tiles of dz that they hold by
+// ones, too.
 //
 // Tile 128 x 128 x 32, four warps of 64 x 64: a warp reads 4 KB of fragments for 32 products of 16 x 8 x 16, i.e. 32
 // cycles of shared memory (128 bytes each) for 64 cycles of an A100's tensor cores; 64 x 32 would make them 24 for 32.
@@ -133,16 +134,27 @@ struct BiasActivation {
   }
 };
 
+// dx, or where x was an activation's the gradient of what that was made of.
 template <class T>
 struct GradInput {
   static constexpr bool kRowSums = false;
   T* dx;
   const T* add;  // or null
+  const T* z;    // x_preact or null
+  T* x;          // or null
   int64_t stride;
+  int activation;
   bool chunks;
 
-  GradInput(T* dx, const T* add, int64_t stride)
-      : dx(dx), add(add), stride(stride), chunks(in_chunks(dx, stride) && in_chunks(add, stride)) {}
+  template <class W>
+  explicit GradInput(const LinearActBackward<T, W>& p)
+      : dx(p.dx),
+        add(p.add),
+        z(p.x_preact),
+        x(p.x_again),
+        stride(p.K),
+        activation(p.x_activation),
+        chunks(in_chunks(dx, stride) && in_chunks(add, stride) && in_chunks(z, stride) && in_chunks(x, stride)) {}
 
   __device__ auto columns(int, int64_t j, int live) const {
     return [this, j, live](int64_t i, float (&c)[kChunk]) {
@@ -152,6 +164,19 @@ struct GradInput {
         read(more, add + at, live, chunks);
 #pragma unroll
         for (int e = 0; e < kChunk; ++e) c[e] += more[e];
+      }
+      if (z) {
+        float of_z[kChunk], factor[kChunk];
+        read(of_z, z + at, live, chunks);
+#pragma unroll
+        for (int e = 0; e < kChunk; ++e) factor[e] = of_z[e];
+        by_halves(factor, [&](auto part) { return derivative_of(activation, part); });
+#pragma unroll
+        for (int e = 0; e < kChunk; ++e) c[e] *= factor[e];
+        if (x) {
+          by_halves(of_z, [&](auto part) { return activation_of(activation, part); });
+          write(x + at, of_z, live, chunks);
+        }
       }
       write(dx + at, c, live, chunks);
     };
@@ -299,32 +324,6 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-// dz = dy act'(z) and y = act(z), each of which may be null, 8 elements a thread
-template <class T>
-__global__ void __launch_bounds__(kThreads)
-    grad_preact_kernel(T* dz, T* y, const T* dy, const T* z, int64_t n, int activation, bool chunks) {
-  const int64_t at = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kChunk;
-  if (at >= n) return;
-  const int live = n - at < kChunk ? int(n - at) : kChunk;
-  chunks = chunks && live == kChunk;
-  float of_z[kChunk], values[kChunk];
-  read(of_z, z + at, live, chunks);
-  if (dz) {
-    float of_dy[kChunk];
-    read(of_dy, dy + at, live, chunks);
-#pragma unroll
-    for (int e = 0; e < kChunk; ++e) values[e] = of_z[e];
-    by_halves(values, [&](auto part) { return derivative_of(activation, part); });
-#pragma unroll
-    for (int e = 0; e < kChunk; ++e) values[e] *= of_dy[e];
-    write(dz + at, values, live, chunks);
-  }
-  if (y) {
-    by_halves(of_z, [&](auto part) { return activation_of(activation, part); });
-    write(y + at, of_z, live, chunks);
-  }
-}
-
 // out[i] = sum over the splits of partial[split * stride + i], in their order
 template <class W>
 __global__ void __launch_bounds__(kThreads)
@@ -356,16 +355,10 @@ void gemm_forward(const LinearActForward<T, W>& p, Stream stream) {
 
 template <class T, class W>
 void gemm_backward(const LinearActBackward<T, W>& p, Stream stream) {
-  const int64_t n = p.M * p.N;
-  if (p.z && (p.dz || p.y)) {
-    const bool chunks = in_chunks(p.dy) && in_chunks(p.z) && in_chunks(p.dz) && in_chunks(p.y);
-    launch(grad_preact_kernel<T>, grid_of(ceil_div(n, kThreads * kChunk)), kThreads, 0, stream, p.dz, p.y, p.dy, p.z, n,
-           p.activation, chunks);
-  }
   const T* const dz = p.z ? p.dz : p.dy;
   if (p.dx)
     product(Operand<T, false>(dz, p.M, p.N), Operand<T, true>(p.w_low ? p.w_low : as<const T>(p.w), p.K, p.N),
-            GradInput<T>(p.dx, p.add, p.K), 1, stream);
+            GradInput<T>(p), 1, stream);
   if (!p.dw && !p.db) return;
   W* const dw = p.K ? p.dw : nullptr;
   // Without dw the first column of tiles is enough, of which only the sums count.

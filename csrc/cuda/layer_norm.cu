@@ -1,37 +1,47 @@
 // LayerNorm over rows of h = dropout(x) + residual, forward and backward; cpu/layer_norm.cpp has the formulas.
 //   x (M, H) T   residual, h, y, w, b W   mean, rstd fp32 (fp64 for fp64)
-// Moves M H (sizeof(T) + 3 sizeof(W)) bytes each way, the backward 2 M H sizeof(W) more for dw and db: at 3 TB/s 15 us for 4096 x 768 in bf16 with an fp32 residual.
-// One warp per row. A lane takes the columns of one call of Philox's: half of its eight slots, in each group of 128 columns; so 16 neighbours read 16
-// neighbours. Rows are read again rather than held, since H has no bound.
-#include "row_norm.cuh"
+// Moves M H (sizeof(T) + 3 sizeof(W)) bytes each way, the backward 2 M H sizeof(W) more for dw and db: at 3 TB/s 15 us for
+// 4096 x 768 in bf16 with an fp32 residual. dw and db read dy and h once more, which L2 still has at BERT's sizes.
+// One warp per row, which row.cuh keeps in shared memory between its passes; 16 bytes at a time where rows begin at multiples
+// of that, else the same code one element at a time (n = 1, as in fp64, which is for gradcheck).
+// Tried: the row in registers, 0.4x in compiling and 16 warps on an SM in place of 48. Not yet run on a GPU.
+#include "row.cuh"
 
 namespace fastft::cuda {
 namespace {
 
-template <class T, class W>
-__global__ void layer_norm_forward_kernel(LayerNormForward<T, W> p) {
-  using Acc = Compute<W>;
+template <class T, class W, int n>
+__global__ void __launch_bounds__(kThreadsOfRows, kRowBlocks<W>) layer_norm_forward_kernel(LayerNormForward<T, W> p) {
+  using F = Compute<W>;
   const int64_t row = int64_t(blockIdx.x) * kRowsPerBlock + threadIdx.y;
   if (row >= p.M) return;  // a whole warp leaves
-  const int64_t at = row * p.H;
-  const auto each = [&](const auto& body) {
-    for_columns<Acc>(row, p.H, p.seed, p.threshold, p.use, [&](int64_t j, Acc factor) {
-      Acc value = Acc(to_float(p.x[at + j])) * factor;
-      if (p.residual) value += Acc(to_float(p.residual[at + j]));
-      body(j, value);
-    });
-  };
-  Acc total = 0;
-  each([&](int64_t j, Acc value) {
-    if (p.h) p.h[at + j] = from_float<W>(value);
-    total += value;
+  const T* const x = row_of(p.x, row, p.H);
+  const W* const residual = row_of(p.residual, row, p.H);
+  const Kept<F> kept = kept_of_row<OfLane<F>, F>(p, row);
+  const HeldRow of_h(p.H, [&](int64_t first) {
+    const Stored<T, n> of_x = load<n>(x, first, p.H);
+    const Stored<W, n> of_residual = load<n>(residual, first, p.H);
+    OfLane<F> h = of_x.template as<F>();
+    drop<n>(h, kept, first);
+    if (residual) {
+      const OfLane<F> more = of_residual.template as<F>();
+#pragma unroll
+      for (int i = 0; i < kOfLane; ++i) h.v[i] += more.v[i];
+    }
+    return h;
   });
-  const RowMoments<Acc> moments = row_moments(total, p.H, p.eps, each);
-  each([&](int64_t j, Acc value) {
-    Acc n = (value - moments.about - moments.shift) * moments.rstd;
-    if (p.w) n *= Acc(to_float(p.w[j]));
-    if (p.b) n += Acc(to_float(p.b[j]));
-    p.y[at + j] = from_float<W>(n);
+  const RowMoments<F> moments = row_moments<n, F>(of_h, p.eps);
+  of_h.template each<false>([&](const OfLane<F>& h, int64_t first) {
+    const OfLane<F> w = load<n>(p.w, first, p.H).template as<F>(), b = load<n>(p.b, first, p.H).template as<F>();
+    OfLane<F> y;
+#pragma unroll
+    for (int i = 0; i < kOfLane; ++i) {
+      y.v[i] = (h.v[i] - moments.about - moments.shift) * moments.rstd;
+      if (p.w) y.v[i] *= w.v[i];
+      if (p.b) y.v[i] += b.v[i];
+    }
+    if (p.h) store<n>(row_of(p.h, row, p.H), first, p.H, h);
+    store<n>(row_of(p.y, row, p.H), first, p.H, y);
   });
   if (threadIdx.x == 0) {
     if (p.mean) p.mean[row] = moments.about + moments.shift;
@@ -39,63 +49,73 @@ __global__ void layer_norm_forward_kernel(LayerNormForward<T, W> p) {
   }
 }
 
-template <class T, class W>
-__global__ void layer_norm_backward_kernel(LayerNormBackward<T, W> p) {
-  using Acc = Compute<W>;
+template <class T, class W, int n>
+__global__ void __launch_bounds__(kThreadsOfRows, kRowBlocks<W>) layer_norm_backward_kernel(LayerNormBackward<T, W> p) {
+  using F = Compute<W>;
   const int64_t row = int64_t(blockIdx.x) * kRowsPerBlock + threadIdx.y;
   if (row >= p.M) return;
-  const int64_t at = row * p.H;
-  const Acc mean = p.mean[row], rstd = p.rstd[row];
-  const auto normal = [&](int64_t j) { return (Acc(to_float(p.h[at + j])) - mean) * rstd; };
-  const auto gradient = [&](int64_t j) {
-    const Acc dy = Acc(to_float(p.dy[at + j]));
-    return p.w ? dy * Acc(to_float(p.w[j])) : dy;
-  };
-  Acc g_total = 0, gn_total = 0;
-  for (int64_t j = threadIdx.x; j < p.H; j += kWarp) {
-    const Acc g = gradient(j);
-    g_total += g;
-    gn_total += g * normal(j);
-  }
-  const Acc g_mean = warp_reduce(g_total, Sum()) / Acc(p.H), gn_mean = warp_reduce(gn_total, Sum()) / Acc(p.H);
-  for_columns<Acc>(row, p.H, p.dx ? p.seed : nullptr, p.threshold, p.use, [&](int64_t j, Acc factor) {
-    const Acc dh = (gradient(j) - g_mean - normal(j) * gn_mean) * rstd;
-    if (p.dresidual) p.dresidual[at + j] = from_float<W>(dh);
-    if (p.dx) p.dx[at + j] = from_float<T>(dh * factor);
+  const F mean = p.mean[row], rstd = p.rstd[row];
+  const Kept<F> kept = p.dx ? kept_of_row<NormalAndGradient<F>, F>(p, row) : Kept<F>{};
+  const HeldRow of_h(p.H, [&](int64_t first) {
+    const Stored<W, n> of_h = load<n>(row_of(p.h, row, p.H), first, p.H);
+    const Stored<W, n> of_dy = load<n>(row_of(p.dy, row, p.H), first, p.H);
+    const Stored<W, n> of_w = load<n>(p.w, first, p.H);
+    NormalAndGradient<F> x{of_h.template as<F>(), of_dy.template as<F>()};
+    const OfLane<F> w = of_w.template as<F>();
+#pragma unroll
+    for (int i = 0; i < kOfLane; ++i) {
+      x.n.v[i] = (x.n.v[i] - mean) * rstd;
+      if (p.w) x.g.v[i] *= w.v[i];
+    }
+    return x;
+  });
+  norm_backward(of_h, rstd, [&](OfLane<F>& dh, int64_t first) {
+    if (p.dresidual) store<n>(row_of(p.dresidual, row, p.H), first, p.H, dh);
+    if (!p.dx) return;
+    drop<n>(dh, kept, first);
+    store<n>(row_of(p.dx, row, p.H), first, p.H, dh);
   });
 }
 
-constexpr int kColumns = 128;  // of a block of the two kernels below
-
-// partial[chunk] = sums of dy n, and of dy, over the chunk's rows.
-template <class T, class W>
-__global__ void layer_norm_partial_kernel(LayerNormBackward<T, W> p) {
-  using Acc = Compute<W>;
-  const int64_t blocks = ceil_div(p.H, kColumns), chunk = blockIdx.x / blocks;
-  const int64_t j = blockIdx.x % blocks * kColumns + threadIdx.x;
-  if (j >= p.H) return;
-  Acc dw = 0, db = 0;
-  for (int64_t row = chunk * kSumRows; row < p.M && row < (chunk + 1) * kSumRows; ++row) {
-    const Acc dy = Acc(to_float(p.dy[row * p.H + j]));
-    dw += dy * (Acc(to_float(p.h[row * p.H + j])) - p.mean[row]) * p.rstd[row];
-    db += dy;
-  }
-  p.partial[chunk * 2 * p.H + j] = dw;
-  p.partial[(chunk * 2 + 1) * p.H + j] = db;
+// Sums of dy n, and of dy.
+template <class W, int n>
+__global__ void __launch_bounds__(kSumWarps* kWarp, 2)
+    layer_norm_partial_kernel(Statistic<W>* partial, const W* dy, const W* h, const Statistic<W>* mean,
+                              const Statistic<W>* rstd, int64_t M, int64_t H) {
+  using F = Compute<W>;
+  sum_rows<n>(partial, M, H, [&](OfLane<F>(&sums)[2], int64_t row, int64_t first) {
+    const Stored<W, n> of_dy = load<n>(dy + row * H, first, H), of_h = load<n>(h + row * H, first, H);
+    const OfLane<F> g = of_dy.template as<F>(), x = of_h.template as<F>();
+    const F about = mean[row], scale = rstd[row];
+#pragma unroll
+    for (int i = 0; i < kOfLane; ++i) {
+      sums[0].v[i] += g.v[i] * ((x.v[i] - about) * scale);
+      sums[1].v[i] += g.v[i];
+    }
+  });
 }
+
+constexpr int kSumColumns = 32, kSumParts = 8;  // of a block: every eighth chunk is a warp's
 
 template <class W>
 __global__ void layer_norm_sum_kernel(W* dw, W* db, const Statistic<W>* partial, int64_t chunks, int64_t H) {
-  using Acc = Compute<W>;
-  const int64_t j = int64_t(blockIdx.x) * kColumns + threadIdx.x;
-  if (j >= H) return;
-  Acc w = 0, b = 0;
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+  using F = Compute<W>;
+  __shared__ F sums[2][kSumParts][kSumColumns];
+  const int64_t j = int64_t(blockIdx.x) * kSumColumns + threadIdx.x;
+  F w = 0, b = 0;
+#pragma unroll 4
+  for (int64_t chunk = threadIdx.y; j < H && chunk < chunks; chunk += kSumParts) {
     w += partial[chunk * 2 * H + j];
     b += partial[(chunk * 2 + 1) * H + j];
   }
-  if (dw) dw[j] = from_float<W>(w);
-  if (db) db[j] = from_float<W>(b);
+  sums[0][threadIdx.y][threadIdx.x] = w;
+  sums[1][threadIdx.y][threadIdx.x] = b;
+  __syncthreads();
+  if (threadIdx.y > 1 || j >= H) return;
+  F total = 0;
+  for (int part = 0; part < kSumParts; ++part) total += sums[threadIdx.y][part][threadIdx.x];
+  W* const out = threadIdx.y ? db : dw;
+  if (out) out[j] = from_float<W>(total);
 }
 
 }  // namespace
@@ -103,25 +123,32 @@ __global__ void layer_norm_sum_kernel(W* dw, W* db, const Statistic<W>* partial,
 // ---- launchers
 template <class W>
 void add_partial_sums(W* dw, W* db, const Statistic<W>* partial, int64_t chunks, int64_t H, Stream stream) {
-  launch(&layer_norm_sum_kernel<W>, grid_of(ceil_div(H, kColumns)), dim3(kColumns), 0, stream, dw, db, partial, chunks,
-         H);
+  launch(&layer_norm_sum_kernel<W>, grid_of(ceil_div(H, kSumColumns)), dim3(kSumColumns, kSumParts), 0, stream, dw, db,
+         partial, chunks, H);
 }
 
 template <class T, class W>
 void layer_norm_forward(const LayerNormForward<T, W>& p, Stream stream) {
-  launch(&layer_norm_forward_kernel<T, W>, grid_of(ceil_div(p.M, kRowsPerBlock)), dim3(kWarp, kRowsPerBlock), 0, stream,
-         p);
+  with_neighbours<T, W>(p.H, aligned(p.y, p.h, p.x, p.residual, p.w, p.b), [&](auto n) {
+    launch(&layer_norm_forward_kernel<T, W, n.value>, grid_of(ceil_div(p.M, kRowsPerBlock)), dim3(kWarp, kRowsPerBlock),
+           shared_for<OfLane<Compute<W>>>(p), stream, p);
+  });
 }
 
 template <class T, class W>
 void layer_norm_backward(const LayerNormBackward<T, W>& p, Stream stream) {
+  const dim3 block(kWarp, kRowsPerBlock);
   if (p.dx || p.dresidual)
-    launch(&layer_norm_backward_kernel<T, W>, grid_of(ceil_div(p.M, kRowsPerBlock)), dim3(kWarp, kRowsPerBlock), 0,
-           stream, p);
+    with_neighbours<T, W>(p.H, aligned(p.dx, p.dresidual, p.dy, p.h, p.w), [&](auto n) {
+      launch(&layer_norm_backward_kernel<T, W, n.value>, grid_of(ceil_div(p.M, kRowsPerBlock)), block,
+             shared_for<NormalAndGradient<Compute<W>>>(p), stream, p);
+    });
   if (!p.dw && !p.db) return;
-  const int64_t chunks = ceil_div(p.M, kSumRows), blocks = ceil_div(p.H, kColumns);
-  launch(&layer_norm_partial_kernel<T, W>, grid_of(chunks * blocks), dim3(kColumns), 0, stream, p);
-  add_partial_sums(p.dw, p.db, p.partial, chunks, p.H, stream);
+  with_neighbours<W, W>(p.H, aligned(p.dy, p.h), [&](auto n) {
+    launch(&layer_norm_partial_kernel<W, n.value>, grid_of(sum_blocks(p.M, p.H)), dim3(kWarp, kSumWarps), 0, stream,
+           p.partial, p.dy, p.h, p.mean, p.rstd, p.M, p.H);
+  });
+  add_partial_sums(p.dw, p.db, p.partial, ceil_div(p.M, kSumRows), p.H, stream);
 }
 
 #define FASTFT_X(suffix, T, W)                                             \

@@ -9,6 +9,8 @@ import torch
 from fastft.functional import _arena, _autograd, _choice, _dropout
 from fastft.functional.layer_norm import ROWS_OF_PARTIAL_SUMS
 
+SORTED_ROWS = 16  # whose sum is one warp's on CUDA: kScatterRows
+
 
 def embedding(input, weight, padding_idx=None):
     """torch.nn.functional.embedding; the gradient is summed in the order of ``input``, on any number of threads.
@@ -61,7 +63,9 @@ def embeddings(
         eps: added to the variance.
         padding_idx: rows of ``word``, ``position`` and ``type`` that get no gradient, or None.
     Returns: ``(*, H)``, in the dtype that PyTorch gives the sum.
-    Raises: IndexError: an id is out of range.
+    Raises:
+        IndexError: an id is out of range.
+        ValueError: ``embeddings: position is on cpu, word on cuda:0``
     Example:
         >>> word, position = torch.eye(2), torch.zeros(9, 2)
         >>> ids = torch.tensor([1, 0])
@@ -70,6 +74,10 @@ def embeddings(
                 [ 1., -1.]])
     """
     tensors = (word, position, type, weight, bias)
+    names = ("input", "position_ids", "type_ids", "word", "position", "type", "weight", "bias")
+    for name, tensor in zip(names, (input, position_ids, type_ids, *tensors), strict=True):
+        if tensor is not None and tensor.device != word.device:
+            raise ValueError(f"embeddings: {name} is on {tensor.device}, word on {word.device}")
     why_not = _choice.unsupported(*tensors)
     if why_not is None and word.shape[-1] == 0:
         why_not = "rows are empty"
@@ -172,11 +180,19 @@ def _backward(statistics, dropout, paddings, ids, wanted, grad_output, *tensors)
 def _table_gradient(table, ids, grad_rows, padding):
     """The gradient of a table of which the rows ``ids`` were taken, from theirs."""
     grad, order = _arena.empty(table.shape, table.dtype, table, _arena.GRADIENT), None
+    padding, partial = -1 if padding is None else padding, None
     if not grad_rows.is_cpu:
         grad.zero_()
         ids, order = torch.sort(ids, stable=True)
-    torch.ops.fastft.embedding_scatter(grad, ids, order, grad_rows, -1 if padding is None else padding)
+        partial = sums_of_parts(grad_rows, grad)
+    torch.ops.fastft.embedding_scatter(grad, ids, order, grad_rows, padding, partial)
     return grad
+
+
+def sums_of_parts(grad_rows, grad):
+    """Memory for sums of rows that go on in the next rows of an id."""
+    M, H = grad_rows.shape
+    return grad.new_empty((-(-M // SORTED_ROWS), 2, H), dtype=torch.promote_types(grad.dtype, torch.float32))
 
 
 class _Embedding(torch.autograd.Function):

@@ -25,8 +25,8 @@ from fastft.functional.layer_norm import composition as norm_composition
 from fastft.functional.layer_norm import forward as norm_forward
 from fastft.functional.linear_act import backward as linear_backward
 from fastft.functional.linear_act import forward as linear_forward
+from fastft.functional.linear_act import goes_through_activation, rounds_input
 from fastft.functional.linear_act import reference as linear_reference
-from fastft.functional.linear_act import rounds_input
 
 ATTENTION, ATTENTION_OUTPUT, OUTPUT = 0, 1, 2  # `use` of the three dropouts
 MEMORY = ("fast", "low", "lowest")
@@ -313,13 +313,18 @@ class _Run(NamedTuple):
             *((True, wants_x, wanted.norm_weight, wanted.norm_bias), grad),
             *(preact, None, p.norm_weight, p.norm_bias),  # preact: of the dtype of what was normalised
         )
+        inner, index = preact if spent else _arena.empty_like(preact), activations.index(o.activation)
         # The pre-activation stands in for the activation, of which this product needs the shape only.
-        grad_inner, _, _ = linear_backward(0, None, (True, False, False), grad_mixed, preact, p.output_weight, None)
-        inner = preact if spent else _arena.empty_like(preact)
+        to_inner = 0, None, (True, False, False), grad_mixed, preact, p.output_weight, None
+        if goes_through_activation(grad_mixed, p.output_weight):
+            grad_inner, _, _ = linear_backward(*to_inner, through=(index, preact, inner))
+            index, preact = 0, None
+        else:
+            grad_inner, _, _ = linear_backward(*to_inner)
         grad_x, grad_inner_weight, grad_inner_bias = self._linear_backward(
             *(wants_x, wanted.inner_weight, wanted.inner_bias),
             *(grad_inner, x, p.inner_weight, p.inner_bias),
-            *(grad_x, activations.index(o.activation), preact, inner),
+            *(grad_x, index, preact, inner if preact is not None else None),
         )
         _, grad_output_weight, grad_output_bias = linear_backward(
             *(0, None, (False, wanted.output_weight, wanted.output_bias)),

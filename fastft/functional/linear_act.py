@@ -160,8 +160,12 @@ def forward(input, weight, bias, activation, dtype, keep):
     return output, preact
 
 
-def backward(activation, preact, wanted, grad_output, input, weight, bias, add=None, output=None):
-    """Gradients of input (plus ``add``), weight and bias, None where not wanted; ``output`` is written once more."""
+def backward(activation, preact, wanted, grad_output, input, weight, bias, add=None, output=None, through=None):
+    """Gradients of input (plus ``add``), weight and bias, None where not wanted; ``output`` is written once more.
+
+    ``through``: the activation that made the input, of what, and where it is written once more; then the gradient is of
+    that in place of the input (:func:`goes_through_activation`).
+    """
     N, K = weight.shape
     rows, grads = _rows(input, K), _rows(grad_output, N)
     if _multiplied_by_torch(grads, grads.dtype, True, N, K):
@@ -180,9 +184,15 @@ def backward(activation, preact, wanted, grad_output, input, weight, bias, add=N
         activation,
         add,
         output,
-        *_for_tensor_cores(wanted, grads, preact, weight),
+        *_for_cuda(wanted, grads, preact, weight),
+        *(() if through is None else (through[1], through[2], through[0])),
     )
     return None if grad_input is None else grad_input.view(input.shape), grad_weight, grad_bias
+
+
+def goes_through_activation(grads, weight):
+    """Whether :func:`backward` takes ``through``: on CUDA, where the product is ours, its epilogue has the time."""
+    return grads.is_cuda and not _multiplied_by_torch(grads, grads.dtype, True, *weight.shape)
 
 
 # ---- on CUDA: PyTorch's products with our kernel before or after them
@@ -229,7 +239,7 @@ def _backward_around_torch(activation, preact, wanted, grads, rows, weight, bias
     return grad_input, grad_weight, grad_bias
 
 
-# ---- what CUDA's tensor cores need beside: csrc/cuda/gemm_sm80.cu
+# ---- what CUDA's kernels need beside: csrc/cuda/linear_act.cu and gemm_sm80.cu
 
 TILE, STEP = 128, 32  # of a product: rows and columns of a block, and the depth it takes at a time
 BLOCKS = 2 * 132  # that run at once on an H100, and not many more than on other large GPUs
@@ -255,17 +265,16 @@ def _low(weight, dtype):
     return weight.to(dtype).contiguous() if weight.is_cuda and weight.dtype != dtype else None
 
 
-def _for_tensor_cores(wanted, grads, preact, weight):
+def _for_cuda(wanted, grads, preact, weight):
     """The weight in their dtype, memory for the gradient of the pre-activation, and for partial sums."""
-    if not grads.is_cuda or grads.dtype not in (torch.bfloat16, torch.float16):
-        return None, None, None
-    return workspaces(wanted, grads, preact, weight)
+    return workspaces(wanted, grads, preact, weight) if grads.is_cuda else (None, None, None)
 
 
 def workspaces(wanted, grads, preact, weight):
-    """:func:`_for_tensor_cores` on any device."""
+    """:func:`_for_cuda` on any device."""
     (M, N), K = grads.shape, weight.shape[1]
-    parts = splits(M, N, K) if wanted[1] or wanted[2] else 1
+    on_tensor_cores = grads.dtype in (torch.bfloat16, torch.float16)
+    parts = splits(M, N, K) if on_tensor_cores and (wanted[1] or wanted[2]) else 1
     return (
         weight.to(grads.dtype).contiguous() if wanted[0] and weight.dtype != grads.dtype else None,
         torch.empty_like(preact) if preact is not None and any(wanted) else None,

@@ -14,7 +14,9 @@ import torch
 
 from fastft.functional import _autograd, _choice
 from fastft.functional import encoder_layer as node
+from fastft.functional.packing import pack, unpack
 from fastft.models.linear import activation_name, why_not_fused, why_not_linear
+from fastft.models.mask import lengths_of, plain
 from fastft.models.norm import why_not_normalized
 from fastft.models.swap import Swapped, is_sharded, watched
 
@@ -178,15 +180,17 @@ class Plan(NamedTuple):
     """What an encoder leaves out of a batch."""
 
     batch: node.Batch
-    kept: torch.Tensor | None  # rows of all B * S that are computed; None: all
+    kept: torch.Tensor | None  # rows of all B * S that are computed; None: all, or those that are present
     first_only: bool  # of the last layer
+    tokens: int | None = None  # that the batch has, as its mask's lengths say; where those are known
+    present: torch.Tensor | None = None  # (B, S), where they are not padding
 
 
 @dataclass
 class Handed:
     """What the model hands to its embeddings and its encoder past transformers' code between them."""
 
-    attention_mask: torch.Tensor | None  # the caller's
+    attention_mask: torch.Tensor | None  # the caller's; with lengths, if a collator knew them
     first_only: bool  # the caller reads nothing but the first row of each sequence
     padding_free: bool
     layers: Sequence[torch.nn.Module]
@@ -218,7 +222,10 @@ class Encoder(Swapped):
             if found is not None:
                 shape = hidden_states.shape
                 rows = hidden_states.reshape(-1, shape[-1])
-                rows = rows if found.kept is None else rows.index_select(0, found.kept)
+                if found.kept is not None:
+                    rows = rows.index_select(0, found.kept)
+                elif found.tokens is not None:
+                    rows = pack(hidden_states, found.present, found.batch.cu_seqlens, found.tokens)
                 return self._fastft_output(last_hidden_state=run_layers(self.layer, shape, rows, found))
         return super().forward(hidden_states, attention_mask, *args, **kwargs)
 
@@ -235,8 +242,13 @@ class Model(Swapped):
         if not isinstance(inner, Encoder) or torch.compiler.is_compiling():
             return super().forward(*args, **kwargs)
         unseen = all(is_sharded(module) or not watched(module) for module in (self, inner))
+        mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
+        if lengths_of(mask) is not None:  # which are nobody else's business
+            args, kwargs = (*args[:1], plain(mask), *args[2:]) if len(args) > 1 else args, dict(kwargs)
+            if "attention_mask" in kwargs:
+                kwargs["attention_mask"] = plain(mask)
         handed = Handed(
-            args[1] if len(args) > 1 else kwargs.get("attention_mask"),
+            mask,
             self._fastft_first_only and unseen and self._fastft_reads_first_only(),
             self._fastft_padding_free,
             inner.layer,
@@ -268,10 +280,10 @@ def packing(handed, hidden_states):
         handed: a :class:`Handed`; its mask must be ``(B, S)``, and its layers must all run as one node.
         hidden_states: ``(B, S, H)``, what the first layer gets.
     """
-    # On a GPU the number of tokens would have to be waited for.
-    if not handed.padding_free or handed.attention_mask is None or not hidden_states.is_cpu:
+    # On a GPU waiting for the mask would stop what runs there.
+    if not handed.padding_free or handed.attention_mask is None or _is_on_gpu(hidden_states):
         return None
-    present = handed.attention_mask != 0
+    present = plain(handed.attention_mask) != 0
     if present.shape != hidden_states.shape[:2] or present.all() or not present[:, 0].all():
         return None
     if not _all_whole(handed.layers, hidden_states):
@@ -283,6 +295,20 @@ def packing(handed, hidden_states):
     return Plan(batch, present.flatten().nonzero()[:, 0], handed.first_only)
 
 
+def packing_by_lengths(handed, hidden_states):
+    """The same on a GPU, where the mask came with its lengths."""
+    mask, lengths = handed.attention_mask, lengths_of(handed.attention_mask) if handed.padding_free else None
+    if lengths is None or not _is_on_gpu(hidden_states) or mask.shape != hidden_states.shape[:2]:
+        return None
+    if min(lengths, default=0) in (0, mask.shape[1]) or not _all_whole(handed.layers, hidden_states):
+        return None
+    present = plain(mask) != 0
+    cu_seqlens = torch.zeros(len(lengths) + 1, dtype=torch.int32, device=present.device)
+    torch.cumsum(present.sum(1), 0, out=cu_seqlens[1:])
+    batch = node.Batch(len(lengths), max(lengths), None, cu_seqlens)
+    return Plan(batch, None, handed.first_only, sum(lengths), present)
+
+
 def plan(handed, hidden_states, attention_mask):
     """The :class:`Plan` of one call, or None where there is nothing to leave out.
 
@@ -292,10 +318,15 @@ def plan(handed, hidden_states, attention_mask):
         attention_mask: the mask that layers get otherwise.
     """
     found = packing(handed, hidden_states)
+    found = packing_by_lengths(handed, hidden_states) if found is None else found
     if found is not None or not handed.first_only or not _all_whole(handed.layers, hidden_states):
         return found
     (_, options), _ = handed.layers[0]._fastft_arguments()
     return Plan(padded(attention_mask, *hidden_states.shape[:2], options.heads, hidden_states.dtype), None, True)
+
+
+def _is_on_gpu(tensor):
+    return not tensor.is_cpu
 
 
 def _all_whole(layers, hidden_states):
@@ -323,6 +354,8 @@ def run_layers(layers, shape, rows, plan):
         return rows.view(B, 1, H)
     if plan.kept is not None:
         rows = rows.new_zeros(B * S, H).index_copy(0, plan.kept, rows)
+    elif plan.tokens is not None:
+        rows = unpack(rows, plan.batch.cu_seqlens, (B, S, H))
     return rows.view(B, S, H)
 
 

@@ -107,7 +107,10 @@ def _notes(model):
         if not isinstance(module, Swapped):
             continue
         if getattr(module, "_fastft_padding_free", False):
-            yield f"padding: {shown(name)} leaves it out if no first token is masked; hidden states there are zeros"
+            yield (
+                f"padding: {shown(name)} leaves it out if no first token is masked, on a GPU if the mask has lengths, "
+                "as of fastft's collator; hidden states there are zeros"
+            )
         if getattr(module, "_fastft_cls_only", False):
             yield f"first tokens only: {shown(name)} reads no others of the last layer, which computes no others"
 

@@ -202,8 +202,9 @@ def check_op(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     isas: Iterable[str] = (),
+    seeds: int = SEEDS,
 ) -> None:
-    """The budget for outputs and gradients of the samples ``indices`` of an op, all with their seeds.
+    """The budget for outputs and gradients of the samples ``indices`` of an op, all with their ``seeds``.
 
     ``isas``: the CPU's instruction sets to judge, each alone; none: the one in use.
     Raises: BudgetExceeded: see :class:`Budget`.
@@ -216,7 +217,7 @@ def check_op(
             for isa, budget in budgets.items():
                 budget.add(every[isa], theirs, truth, case=outline[index].why, seed=seed)
         left = [index for index in left if shortest.short(outline[index].why)]  # all have counted the same
-        if (seed + 1 >= SEEDS or not left) and shortest.enough:
+        if (seed + 1 >= seeds or not left) and shortest.enough:
             break
     for isa, budget in budgets.items():
         try:

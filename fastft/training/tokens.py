@@ -11,6 +11,8 @@ import torch
 from transformers import BatchEncoding, DataCollatorWithPadding, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from fastft.models.mask import with_lengths
+
 CHUNK = 1000  # texts that the tokenizer is given at a time: its own objects take 100 bytes a token
 
 
@@ -87,9 +89,20 @@ def _cut(tokenizer: PreTrainedTokenizerBase, encoded: BatchEncoding, texts: Sequ
     return sum(len(ids) > max_length for ids in tokenizer(full, verbose=False)["input_ids"]) if full else 0
 
 
+class Collator(DataCollatorWithPadding):
+    """Pads the rows of a batch to its longest; the mask knows their lengths, without which a GPU would pack nothing."""
+
+    def __call__(self, features: list[dict[str, Any]]) -> BatchEncoding:
+        batch = super().__call__(features)
+        if "attention_mask" in batch and self.tokenizer.padding_side == "right":
+            lengths = [len(row["input_ids"]) for row in features]
+            batch["attention_mask"] = with_lengths(batch["attention_mask"], lengths)
+        return batch
+
+
 def collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorWithPadding:
-    """Pads the rows of a batch to its longest: the one place where batches are formed."""
-    return DataCollatorWithPadding(tokenizer)
+    """The one place where batches are formed."""
+    return Collator(tokenizer)
 
 
 def batches(rows: Sequence[int], batch_size: int) -> list[Sequence[int]]:

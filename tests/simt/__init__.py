@@ -25,6 +25,7 @@ import torch
 import setup
 from fastft import _library
 from fastft.functional import _choice
+from fastft.functional.embedding import sums_of_parts
 from fastft.functional.linear_act import workspaces
 
 HERE = Path(__file__).resolve().parent
@@ -64,13 +65,15 @@ def linear_act_forward(y, z, x, w, b, activation, low=None):
     return (x, w), (y, z, x, w, b, len(x), *w.shape, activation, None, low)
 
 
-def linear_act_backward(dx, dw, db, dy, z, x, w, activation, add=None, y=None, low=None, dz=None, partial=None):
-    if dy.dtype in HALF and any(t is not None for t in (dx, dw, db)):
+def linear_act_backward(
+    dx, dw, db, dy, z, x, w, activation, add=None, y=None, low=None, dz=None, partial=None, *through
+):
+    if any(t is not None for t in (dx, dw, db)):
         _, dz, partial = workspaces([t is not None for t in (dx, dw, db)], dy, z, w)
-        low = w.to(dy.dtype)
+        low = w.to(dy.dtype) if dy.dtype in HALF else None
     tensors, sizes = (dx, dw, db, dy, z, x, w), (len(x), *w.shape, activation)
     parts = 1 if partial is None else len(partial)
-    return (x, w), (*tensors, *sizes, add, y, None, None, None, low, dz, partial, parts)
+    return (x, w), (*tensors, *sizes, add, y, None, None, None, low, dz, partial, parts, *(through or (None, None, 0)))
 
 
 def cross_entropy_forward(loss, stats, divisor, row_loss, x, target, w, *options):
@@ -118,11 +121,12 @@ def embedding_backward(
     return (dy, word), (*tensors, *dy.shape, *rows_of(word, position, type), *dropout)
 
 
-def embedding_scatter(dtable, ids, order, dh, padding):
-    if order is None:  # Python sorts, and clears, for CUDA tensors only
+def embedding_scatter(dtable, ids, order, dh, padding, partial):
+    if order is None:  # Python sorts, clears and makes this workspace for CUDA tensors only
         dtable.zero_()
         ids, order = torch.sort(ids, stable=True)
-    return (dh, dtable), (dtable, ids, order, dh, *dh.shape, len(dtable), padding)
+        partial = sums_of_parts(dh, dtable)
+    return (dh, dtable), (dtable, ids, order, dh, *dh.shape, len(dtable), padding, partial)
 
 
 def rows_of(*tables):
@@ -176,6 +180,14 @@ def flat(tensor):
     return tensor.detach().as_strided((span,), (1,))
 
 
+def pack_rows(packed, padded, present, cu_seqlens):
+    return (packed, packed), (packed, padded, present, cu_seqlens, len(packed), *padded.shape)
+
+
+def unpack_rows(padded, packed, cu_seqlens):
+    return (packed, packed), (padded, packed, cu_seqlens, len(packed), *padded.shape)
+
+
 def adamw(p, g, m, v, steps, factor, *options):
     for step in steps:  # the binding counts them
         step += 1
@@ -211,6 +223,7 @@ FIELDS = {
         *(layer_norm_forward, layer_norm_backward),
         *(embedding_forward, embedding_backward, embedding_scatter),
         *(attention_forward, attention_backward),
+        *(pack_rows, unpack_rows),
         *(adamw, grad_norm, scale_grads),
     )
 }
@@ -221,12 +234,14 @@ ORDERS = 3  # of the threads of a block
 
 
 @contextlib.contextmanager
-def cuda_on_cpu(order: int | None = None, widen: bool = False):
+def cuda_on_cpu(order: int | None = None, widen: bool | None = False):
     """Within it our ops run their CUDA kernels on CPU tensors, float16 included; gives the names of those that ran.
 
     Args:
-        order: in which threads take turns, see set_order in cuda_runtime.h; by default another one for each forward.
-        widen: gives half-precision parameters to the kernels as float32, and rounds what comes back.
+        order: in which threads take turns, see set_order in cuda_runtime.h; by default another one for each forward,
+            and arrays at multiples of 16 bytes for every second one only.
+        widen: gives half-precision parameters to the kernels as float32, and rounds what comes back; None: for every
+            second forward.
     """
     with pytest.MonkeyPatch.context() as patch, _choice.use_backend("fastft"):
         names: list[str] = []
@@ -247,11 +262,12 @@ def run(names, order, widen, op, *args):
     if not op.endswith("_backward"):
         turn = next(turns)
     (activations, parameters), fields = FIELDS[op](*args)
+    widen = turn // 2 % 2 if widen is None else widen
     widen = widen and parameters.itemsize == 2 and not op.startswith("linear_act")  # for which Python rounds the weight
     names.append(f"{op}_{SUFFIXES[activations.dtype, torch.float32 if widen else parameters.dtype]}")
     fields = [to_numpy(field) if isinstance(field, torch.Tensor) else field for field in fields]
     copied = [isinstance(field, numpy.ndarray) and field.nbytes < LARGEST_COPY for field in fields]
-    copies = [placed(f, move=turn % 2) if copy else f for f, copy in zip(fields, copied, strict=True)]
+    copies = [placed(f, move=order is None and turn % 2) if copy else f for f, copy in zip(fields, copied, strict=True)]
     befores = [bits(f).copy() if copy else None for f, copy in zip(copies, copied, strict=True)]
     kernels().set_order(turn % ORDERS if order is None else order)
     call = widened if widen else lambda kernel, copies: kernel(*copies)

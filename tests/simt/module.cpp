@@ -82,6 +82,6 @@ PYBIND11_MODULE(fastft_simt, module) {
     using Dtypes = decltype(types);                                         \
     return &fastft::cuda::name<typename Dtypes::T, typename Dtypes::W>;     \
   });
-  FASTFT_KERNELS(FASTFT_X)
+  FASTFT_CUDA_KERNELS(FASTFT_X)
 #undef FASTFT_X
 }

@@ -1,0 +1,302 @@
+// What kernels whose warps take a row each have in common: the columns of a lane, dropout of them, a row that is looked at
+// more than once, its moments, sums over rows.
+#pragma once
+#include <mma_sm80.cuh>  // dynamic_shared
+#include <type_traits>
+#include <utility>
+
+#include "device.cuh"
+#include "philox.h"
+
+namespace fastft::cuda {
+
+constexpr int kRowsPerBlock = 4;  // warps, each of which takes a row
+constexpr int kThreadsOfRows = kWarp * kRowsPerBlock;
+template <class W>
+constexpr int kRowBlocks = sizeof(W) == 8 ? 1 : 4;  // of an SM, at least; fp64, for gradcheck, may have all registers
+
+// ---- columns: of each 256, a span, a lane has eight. They are vectors of n neighbours, beside which the next lane's lie:
+// 16 bytes of the largest type where rows allow it, else n = 1.
+
+constexpr int kOfLane = 8, kSpan = kWarp * kOfLane;
+
+template <int n>
+__device__ int column_of_lane(int i) {
+  return i / n * (n * kWarp) + int(threadIdx.x) * n + i % n;
+}
+
+template <class F>
+struct OfLane {
+  F v[kOfLane];
+};
+
+// As they lie in memory.
+template <class T, int n>
+struct Stored {
+  Vector<T, n> parts[kOfLane / n];
+
+  template <class F>
+  __device__ OfLane<F> as() const {
+    OfLane<F> values;
+#pragma unroll
+    for (int i = 0; i < kOfLane; ++i) values.v[i] = F(to_float(parts[i / n].v[i % n]));
+    return values;
+  }
+};
+
+// How many columns of a span from `first` on a row of H has.
+__device__ inline int columns_left(int64_t first, int64_t H) { return H - first < kSpan ? int(H - first) : kSpan; }
+
+// Columns from `first` on of a row of H elements, a multiple of n; zeros behind its end, and without a row.
+template <int n, class T>
+__device__ Stored<T, n> load(const T* row, int64_t first, int64_t H) {
+  Stored<T, n> x = {};
+  const int left = row ? columns_left(first, H) : 0;
+#pragma unroll
+  for (int i = 0; i < kOfLane; i += n) {
+    const int j = column_of_lane<n>(i);
+    if (j < left) x.parts[i / n] = *reinterpret_cast<const Vector<T, n>*>(row + first + j);
+  }
+  return x;
+}
+
+template <int n, class T, class F>
+__device__ void store(T* row, int64_t first, int64_t H, const OfLane<F>& values) {
+  const int left = columns_left(first, H);
+#pragma unroll
+  for (int i = 0; i < kOfLane; i += n) {
+    const int j = column_of_lane<n>(i);
+    if (j >= left) continue;
+    Vector<T, n> x;
+#pragma unroll
+    for (int e = 0; e < n; ++e) x.v[e] = from_float<T>(values.v[i + e]);
+    *reinterpret_cast<Vector<T, n>*>(row + first + j) = x;
+  }
+}
+
+template <class T, class W>
+constexpr int kNeighbours = std::is_same_v<W, double> ? 1 : kWidth<T, W>;
+
+// body(n as a type) for rows of H elements; aligned: whether vectors may begin where the first row does.
+template <class T, class W, class Body>
+void with_neighbours(int64_t H, bool aligned, const Body& body) {
+  constexpr int n = kNeighbours<T, W>;
+  if (n > 1 && aligned && H % n == 0)
+    body(std::integral_constant<int, n>());
+  else
+    body(std::integral_constant<int, 1>());
+}
+
+template <class T>
+__device__ T* row_of(T* matrix, int64_t row, int64_t H) {
+  return matrix ? matrix + row * H : nullptr;
+}
+
+// ---- dropout (philox.h): a row's calls are made once, by all lanes, and their bits wait in shared memory
+
+// Of the calls of a row, each keeps a bit for each of its eight slots: so many bytes. Spans are whole.
+constexpr int kCallsOfSpan = kSpan / kDropoutGroup * kDropoutLanes;
+__host__ __device__ inline int64_t bytes_of_calls(int64_t H) { return ceil_div(H, kSpan) * kCallsOfSpan; }
+
+template <class F>
+struct Kept {
+  const uint8_t* calls;  // of the columns from `first` on; null: nothing is dropped
+  F scale;
+  int64_t first;
+};
+
+// Of `count` calls of a row from column `first` on; the warp's `calls` have been read, if they held others.
+template <class F, class Args>
+__device__ Kept<F> kept_of(uint8_t* calls, const Args& p, int64_t row, int64_t first, int64_t count) {
+  if (!p.seed) return {nullptr, F(1), first};
+  const int64_t call = row * dropout_groups(p.H) * kDropoutLanes + first / kDropoutGroup * kDropoutLanes;
+  const uint32_t threshold = uint32_t(p.threshold);
+#pragma unroll 1
+  for (int64_t i = threadIdx.x; i < count; i += kWarp) {
+    const DropoutCall numbers(*p.seed, p.use, call + i);
+    uint32_t kept = 0;
+#pragma unroll
+    for (int slot = 0; slot < kDropoutGroup / kDropoutLanes; ++slot)
+      kept |= uint32_t(numbers.number(slot) >= threshold) << slot;
+    calls[i] = uint8_t(kept);
+  }
+  __syncwarp();
+  return {calls, F(dropout_scale(p.threshold)), first};
+}
+template <int n, class F>
+__device__ void drop(OfLane<F>& values, const Kept<F>& kept, int64_t first) {
+  if (!kept.calls) return;
+  const uint8_t* const calls = kept.calls + (first - kept.first) / kSpan * kCallsOfSpan;
+#pragma unroll
+  for (int i = 0; i < kOfLane; i += n) {
+    const int j = column_of_lane<n>(i), slot = j % kDropoutGroup / kDropoutLanes;
+    const auto bits =
+        *reinterpret_cast<const Vector<uint8_t, n>*>(calls + j / kDropoutGroup * kDropoutLanes + j % kDropoutLanes);
+#pragma unroll
+    for (int e = 0; e < n; ++e) values.v[i + e] *= bits.v[e] >> slot & 1 ? kept.scale : F(0);
+  }
+}
+
+// ---- a row: what make(first) gives for each span, kept in shared memory by the lane that made it, as far as kHeldBytes
+// reach (2048 columns of fp32, 1024 where there are two of them), and made again of the others. Registers would hold a
+// row only where all loops over it are unrolled: four times the code, and half the warps.
+
+constexpr int64_t kHeldBytes = 8 << 10;
+
+template <class Made>
+__host__ __device__ int64_t spans_held(int64_t H) {
+  constexpr int64_t most = kHeldBytes / int64_t(sizeof(Made) * kWarp);
+  return ceil_div(H, kSpan) < most ? ceil_div(H, kSpan) : most;
+}
+template <class Made>
+__host__ __device__ int64_t bytes_held(int64_t H) {
+  return spans_held<Made>(H) * int64_t(sizeof(Made) * kWarp);
+}
+
+// The block's dynamic shared memory: what is held of its rows, and the calls of dropout.
+template <class Made, class Args>
+size_t shared_for(const Args& p) {
+  return size_t(kRowsPerBlock * (bytes_held<Made>(p.H) + (p.seed ? bytes_of_calls(p.H) : 0)));
+}
+template <class Made, class F, class Args>
+__device__ Kept<F> kept_of_row(const Args& p, int64_t row) {
+  const int64_t count = bytes_of_calls(p.H);
+  return kept_of<F>(dynamic_shared() + kRowsPerBlock * bytes_held<Made>(p.H) + threadIdx.y * count, p, row, 0, count);
+}
+
+template <class Make>
+struct HeldRow {
+  using Made = decltype(std::declval<Make>()(int64_t()));
+  using Part = Vector<uint32_t, 4>;  // lanes' lie side by side
+  static constexpr int kParts = sizeof(Made) / sizeof(Part);
+  struct Parts {
+    Part of[kParts];
+  };
+
+  int64_t H, held;
+  Make make;
+  Part* memory;
+
+  __device__ HeldRow(int64_t H, const Make& make)
+      : H(H),
+        held(spans_held<Made>(H) * kSpan),
+        make(make),
+        memory(reinterpret_cast<Part*>(dynamic_shared() + threadIdx.y * bytes_held<Made>(H)) + threadIdx.x) {}
+
+  // Calls body(made, first) for each span; once with kFirst before all others.
+  template <bool kFirst, class Body>
+  __device__ void each(const Body& body) const {
+#pragma unroll 1
+    for (int64_t first = 0; first < H; first += kSpan) {
+      Part* const place = memory + first / kSpan * (kParts * kWarp);
+      if (!kFirst && first < held) {
+        Parts parts;
+#pragma unroll
+        for (int i = 0; i < kParts; ++i) parts.of[i] = place[i * kWarp];
+        body(bit_cast<Made>(parts), first);
+        continue;
+      }
+      const Made made = make(first);
+      if (kFirst && first < held) {
+        const Parts parts = bit_cast<Parts>(made);
+#pragma unroll
+        for (int i = 0; i < kParts; ++i) place[i * kWarp] = parts.of[i];
+      }
+      body(made, first);
+    }
+  }
+};
+
+template <class F>
+struct RowMoments {
+  F about, shift, rstd;  // the mean is about + shift
+};
+
+// `about` is off by its rounding; the mean of differences to it corrects both moments.
+template <int n, class F, class Row>
+__device__ RowMoments<F> row_moments(const Row& row, double eps) {
+  F total = 0, rest = 0, squares = 0;
+  row.template each<true>([&](const OfLane<F>& h, int64_t) {
+#pragma unroll
+    for (int i = 0; i < kOfLane; ++i) total += h.v[i];  // zeros behind the end
+  });
+  const F H = F(row.H), about = warp_reduce(total, Sum()) / H;
+  row.template each<false>([&](const OfLane<F>& h, int64_t first) {
+    const int left = columns_left(first, row.H);
+#pragma unroll
+    for (int i = 0; i < kOfLane; ++i) {
+      const F d = column_of_lane<n>(i) < left ? h.v[i] - about : F(0);
+      rest += d;
+      squares += d * d;
+    }
+  });
+  const F shift = warp_reduce(rest, Sum()) / H, variance = warp_reduce(squares, Sum()) / H - shift * shift;
+  return {about, shift, F(1) / sqrt(variance + F(eps))};
+}
+
+// What the backward needs of a row: n = (h - mean) rstd, and the gradient of it, g.
+template <class F>
+struct NormalAndGradient {
+  OfLane<F> n, g;
+};
+
+// Calls body(dh, first) for each span of dh = rstd (g - avg(g) - n avg(g n)).
+template <class F, class Row, class Body>
+__device__ void norm_backward(const Row& row, F rstd, const Body& body) {
+  F g_total = 0, gn_total = 0;
+  row.template each<true>([&](const NormalAndGradient<F>& x, int64_t) {
+#pragma unroll
+    for (int i = 0; i < kOfLane; ++i) {
+      g_total += x.g.v[i];
+      gn_total += x.g.v[i] * x.n.v[i];  // g is zero behind the end
+    }
+  });
+  const F H = F(row.H), g_mean = warp_reduce(g_total, Sum()) / H, gn_mean = warp_reduce(gn_total, Sum()) / H;
+  row.template each<false>([&](const NormalAndGradient<F>& x, int64_t first) {
+    OfLane<F> dh;
+#pragma unroll
+    for (int i = 0; i < kOfLane; ++i) dh.v[i] = (x.g.v[i] - g_mean - x.n.v[i] * gn_mean) * rstd;
+    body(dh, first);
+  });
+}
+
+// ---- sums over rows, of two things: a block of kSumWarps warps takes kSumRows rows and a span
+
+constexpr int kSumWarps = 8;
+inline int64_t sum_blocks(int64_t M, int64_t H) { return ceil_div(M, kSumRows) * ceil_div(H, kSpan); }
+
+// The sum over the warps of what each has, by all threads: store(column, sum) for the columns of a span.
+template <int n, class F, class Store>
+__device__ void add_warps(F (&of_warps)[kSumWarps][kSpan], const OfLane<F>& own, const Store& store) {
+#pragma unroll
+  for (int i = 0; i < kOfLane; ++i) of_warps[threadIdx.y][column_of_lane<n>(i)] = own.v[i];
+  __syncthreads();
+  const int column = threadIdx.y * kWarp + threadIdx.x;
+  F sum = 0;
+#pragma unroll
+  for (int warp = 0; warp < kSumWarps; ++warp) sum += of_warps[warp][column];
+  store(column, sum);
+}
+static_assert(kSumWarps * kWarp == kSpan, "a column for each thread");
+
+// partial[chunk] = sums over the chunk's rows of what add(sums, row, first) adds to both. All threads of a block call it.
+template <int n, class F, class Add>
+__device__ void sum_rows(F* partial, int64_t M, int64_t H, const Add& add) {
+  const int64_t spans = ceil_div(H, kSpan), chunk = blockIdx.x / spans, first = blockIdx.x % spans * kSpan;
+  const int64_t end = (chunk + 1) * kSumRows < M ? (chunk + 1) * kSumRows : M;
+  OfLane<F> sums[2] = {};
+#pragma unroll 1
+  for (int64_t row = chunk * kSumRows + threadIdx.y; row < end; row += kSumWarps) add(sums, row, first);
+  __shared__ F of_warps[2][kSumWarps][kSpan];
+#pragma unroll
+  for (int which = 0; which < 2; ++which)
+    add_warps<n>(of_warps[which], sums[which], [&](int column, F sum) {
+      if (first + column < H) partial[(chunk * 2 + which) * H + first + column] = sum;
+    });
+}
+
+// dw and db, each of which may be null, from partial (chunks, 2, H): layer_norm.cu.
+template <class W>
+void add_partial_sums(W* dw, W* db, const Statistic<W>* partial, int64_t chunks, int64_t H, Stream stream);
+
+}  // namespace fastft::cuda

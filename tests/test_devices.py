@@ -1,0 +1,59 @@
+"""Tensors on different devices: one sentence that names both, before anything is read. The other one here is meta."""
+
+import pytest
+import torch
+
+from fastft import functional
+from fastft.functional._choice import use_backend
+from fastft.functional.embedding import embeddings
+
+
+def here(*shape):
+    return torch.randn(shape)
+
+
+def there(*shape):
+    return torch.randn(shape, device="meta")
+
+
+IDS = torch.arange(3)
+QKV = (1, 2, 3, 4)
+TABLES = {"word": here(5, 4), "position": here(5, 4), "type": here(2, 4), "weight": here(4), "bias": here(4)}
+
+
+def embedded(**other):
+    ids = {"input": IDS, "position_ids": IDS, "type_ids": torch.zeros(3, dtype=torch.long)}
+    return embeddings(**(ids | TABLES | other))
+
+
+CASES = {
+    "weight is on meta, input on cpu": [
+        lambda: functional.linear_act(here(3, 4), there(5, 4)),
+        lambda: functional.cross_entropy(here(3, 4), IDS, there(4)),
+        lambda: functional.layer_norm(here(3, 4), (4,), there(4), here(4)),
+        lambda: functional.dropout_add_layer_norm(here(3, 4), here(3, 4), there(4), here(4)),
+    ],
+    "bias is on meta, input on cpu": [lambda: functional.linear_act(here(3, 4), here(5, 4), there(5))],
+    "target is on meta, input on cpu": [lambda: functional.cross_entropy(here(3, 4), IDS.to("meta"))],
+    "residual is on meta, input on cpu": [
+        lambda: functional.dropout_add_layer_norm(here(3, 4), there(3, 4), here(4), here(4))
+    ],
+    "linear_weight is on meta, input on cpu": [
+        lambda: functional.linear_cross_entropy(here(3, 4), there(5, 4), IDS),
+    ],
+    "key is on meta, query on cpu": [lambda: functional.attention(here(*QKV), there(*QKV), here(*QKV))],
+    "attn_mask is on meta, query on cpu": [lambda: functional.attention(*[here(*QKV)] * 3, there(3, 3))],
+    "input is on meta, word on cpu": [lambda: embedded(input=IDS.to("meta"))],
+    **{
+        f"{name} is on meta, word on cpu": [lambda name=name: embedded(**{name: there(5, 4)})]
+        for name in list(TABLES)[1:]
+    },
+}
+
+
+@pytest.mark.parametrize("backend", ["auto", "fastft"])
+@pytest.mark.parametrize("said", CASES)
+def test_tensors_on_different_devices_are_named(said, backend):
+    for call in CASES[said]:
+        with use_backend(backend), pytest.raises((ValueError, RuntimeError), match=said):
+            call()
