@@ -43,12 +43,15 @@ TOGETHER = {
 }
 
 
-@pytest.hookimpl(wrapper=True)  # before xdist reads the markers, which tryfirst would not be
-def pytest_collection_modifyitems(items):
-    for item in items:
-        if group := TOGETHER.get(item.path.name):
-            item.add_marker(pytest.mark.xdist_group(group))
-    return (yield)
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return TOGETHER.get(nodeid.partition("::")[0].rpartition("/")[2], nodeid)
+
+    return Scheduling(config, log)
 
 
 def pytest_sessionfinish(session):
