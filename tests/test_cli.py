@@ -13,7 +13,6 @@ from typer.testing import CliRunner
 import fastft
 from fastft import _library
 from fastft.cli.main import app
-from fastft.testing.timing import Peaks
 
 
 def run(*arguments, python=("-m", "fastft")):
@@ -112,8 +111,7 @@ def test_an_unknown_name_is_an_attribute_error():
     assert not hasattr(fastft, "no_such_name")
 
 
-def test_bench_shows_each_shape_beside_pytorchs(monkeypatch):
-    monkeypatch.setattr(Peaks, "COPIED", 1 << 20)
+def test_bench_shows_each_shape_beside_pytorchs(fast_machine):
     options = ["bench", "--op", "linear_act", "--shape", "32x768", "--dtype", "float32", "--rounds", "1"]
     done = CliRunner().invoke(app, options, env={"COLUMNS": "80"})
     assert done.exit_code == 0, done.output

@@ -13,7 +13,7 @@ import unittest.mock
 import pytest
 import torch
 from small_models import ARCHITECTURES, CONFIG, assert_same, batch, build, classes, distance, each_architecture, step
-from transformers import BertForSequenceClassification, Trainer, TrainingArguments
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
 import fastft
 from fastft.functional._choice import use_backend
@@ -49,6 +49,16 @@ def test_outputs_and_gradients_are_within_the_error_budget(architecture, how):
         return ours, theirs, truth
 
     error.check(evaluate)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
+def test_bert_base_is_within_the_error_budget(autocast):
+    torch.manual_seed(0)
+    rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    stock = BertForSequenceClassification(BertConfig(num_labels=CONFIG["num_labels"], **rates)).train()
+    ours = fastft.optimize(copy.deepcopy(stock))
+    error.check_model(ours, stock, lambda seed: batch(seed, rows=8, length=64), autocast)
 
 
 @pytest.mark.parametrize("hidden_act", ["gelu", "gelu_new", "relu", "silu", "gelu_python"])

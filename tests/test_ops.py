@@ -20,7 +20,6 @@ pytestmark = pytest.mark.skipif(not _library.available(), reason=f"no native lib
 SPECS = all_specs()
 CUDA = torch.cuda.is_available() and _library.has_cuda()
 DEVICES = ["cpu", *(["cuda"] if CUDA else [])]
-TARGETS = [*_library.isas(), *(["cuda"] if CUDA else [])]  # where kernels differ
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, *([torch.float16] if CUDA else []))
 HALF = {"cpu": torch.bfloat16, "cuda": torch.float16}
 
@@ -36,16 +35,6 @@ def name_of(value):
 def ours_or_an_error():
     with use_backend("fastft"):
         yield
-
-
-@pytest.fixture(params=TARGETS)
-def target(request):
-    """The device; on the CPU with one instruction set after the other."""
-    if request.param == "cuda":
-        yield "cuda"
-        return
-    with _library.use_isa(request.param):
-        yield "cpu"
 
 
 def small(spec):
@@ -79,11 +68,12 @@ def assert_same_bits(ours, expected):
 
 
 @each_spec
+@each_device
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_results_stay_within_the_error_budget(spec, dtype, target):
-    if dtype not in spec.dtypes_on(target):
-        pytest.skip(f"{dtype} is PyTorch's on {target}")
-    check_op(spec, small(spec), dtype, target)
+def test_results_stay_within_the_error_budget(spec, dtype, device):
+    if dtype not in spec.dtypes_on(device):
+        pytest.skip(f"{dtype} is PyTorch's on {device}")
+    check_op(spec, small(spec), dtype, device, isas=_library.isas() if device == "cpu" else ())
 
 
 @each_spec
@@ -103,9 +93,7 @@ def test_the_largest_benchmark_shapes_stay_within_the_error_budget(spec, dtype, 
 
 @each_spec
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64), ids=name_of)
-def test_the_number_of_threads_changes_no_bit(spec, dtype, target):
-    if target != "cpu":
-        pytest.skip("threads are the CPU's")
+def test_the_number_of_threads_changes_no_bit(spec, dtype, each_isa):
     before = torch.get_num_threads()
     try:
         for index in [*small(spec), *large(spec, most=0.005)]:
@@ -169,6 +157,25 @@ def test_each_gradient_alone_is_the_one_of_all(spec, device):
 
 @each_spec
 @each_device
+def test_gradients_that_nobody_asks_for_are_not_computed(spec, device):
+    for index in small(spec)[:3]:
+        sample = spec.sample(index, torch.float32, device)
+        arguments, wanted = spec.named(sample), spec.differentiable(sample)
+
+        def outputs(name, leaves, arguments=arguments):
+            """Of the kernels of the backward for one gradient, which are there, where these require gradients."""
+            leaves = {leaf: arguments[leaf].detach().requires_grad_() for leaf in leaves}
+            output = spec.op(**{**arguments, **leaves})
+            with KernelCalls(keep_arguments=True) as kernels:
+                torch.autograd.grad(output, leaves[name], torch.ones_like(output))
+            return [(op, [value is not None for value in args]) for op, args, _ in kernels.calls]
+
+        for name in wanted:
+            assert outputs(name, wanted) == outputs(name, [name]), (sample.why, name)
+
+
+@each_spec
+@each_device
 def test_an_expanded_gradient_is_read_with_its_strides(spec, device):
     for index in small(spec):
         ones = functools.partial(torch.ones, dtype=torch.float32, device=device)
@@ -222,11 +229,16 @@ def test_the_raw_ops_keep_their_contracts(spec, device):
             with KernelCalls(keep_arguments=True) as kernels:
                 results(spec, spec.op, index, dtype, device)
             for op, args, kwargs in kernels.calls:
-                key = (op, *(value.dtype if isinstance(value, torch.Tensor) else value for value in args))
+                key = (op, *map(kind, args))
                 if key not in seen and not kwargs:
                     seen.add(key)
                     torch.library.opcheck(op, args)
     assert seen
+
+
+def kind(value):
+    """What an op's contract may depend on; numbers only reach its kernel."""
+    return (value.dtype, value.dim()) if isinstance(value, torch.Tensor) else type(value)
 
 
 @each_spec

@@ -9,6 +9,7 @@ from transformers import BertModel
 
 import fastft
 from fastft.functional._choice import use_backend
+from fastft.models import encoder
 from fastft.testing import error
 from fastft.testing.spec import KernelCalls
 
@@ -57,6 +58,31 @@ def test_padding_is_left_out_and_the_last_layer_computes_first_tokens_only(mask)
     assert rows_of(model, inputs) == [(every, every), (len(mask), len(mask))]
     model = fastft.optimize(build().train(), padding_free=False, cls_only=False)
     assert rows_of(model, inputs) == [(every, every)] * 2
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES[1:])
+def test_padding_is_not_embedded_unless_somebody_looks(architecture):
+    model, inputs = fastft.optimize(build(architecture).train()), with_mask(UNEVEN)
+
+    def embedded():
+        with KernelCalls(keep_arguments=True) as kernels:
+            step(model, inputs)
+        return [len(args[0]) for op, args, _ in kernels.calls if "embedding_forward" in op.__name__]
+
+    present, every = sum(map(sum, UNEVEN)), len(UNEVEN) * LENGTH
+    between = hasattr(model.base_model, "embeddings_project")
+    assert embedded() == [every if between else present]
+    seen = []
+    hook = model.base_model.embeddings.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    assert embedded() == [every] and seen[0].shape[:2] == (len(UNEVEN), LENGTH) and not seen[0].isnan().any()
+    hook.remove()
+
+
+def test_an_encoder_that_gets_something_else_than_packed_embeddings_says_so():
+    inner = fastft.optimize(build()).bert.encoder
+    inner._fastft_handed = encoder.Handed(None, False, True, inner.layer, plan=encoder.Plan(None, None, False))
+    with pytest.raises(RuntimeError, match="BertEncoder: something came between the embeddings and the encoder"):
+        inner(torch.zeros(1, 2, 64))
 
 
 @pytest.mark.parametrize("mask", [LEFT, FIRST_MASKED, NOTHING], ids=["left", "first masked", "nothing"])

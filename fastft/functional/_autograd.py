@@ -16,6 +16,25 @@ def autocast_dtype(tensor):
     return torch.get_autocast_dtype(device)
 
 
+def wanted(ctx, inputs):
+    """Which of these inputs, a slice of all, get a gradient in this pass of the engine.
+
+    ``ctx.needs_input_grad`` says which may: torch.autograd.grad and ``backward(inputs=…)`` can ask for fewer.
+    """
+    needs = ctx.needs_input_grad
+    if not torch.compiler.is_compiling():
+        nodes = (node for node, _ in ctx.next_functions if node is not None)  # of inputs that may, in their order
+        needs = tuple(need and _will_run(next(nodes)) for need in needs)
+    return needs[inputs]
+
+
+def _will_run(node):
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # of a leaf that torch.autograd.grad was asked for
+        return True
+
+
 class Backward(torch.autograd.Function):
     """The backward of an op as a node of its own, so that ``create_graph=True`` gives the kernel's first derivatives
     and PyTorch's second ones.

@@ -333,7 +333,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         query, key, value, stats, mask, starts, seed = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[:3]
+        wanted = _autograd.wanted(ctx, slice(3))
 
         def kernel(grad_output, *tensors):
             grads = [_empty_grad(t) if want else None for t, want in zip(tensors, wanted, strict=True)]

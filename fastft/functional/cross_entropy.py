@@ -255,7 +255,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         *tensors, stats, divisor = ctx.saved_tensors
-        kept = ctx.options, stats, divisor, ctx.needs_input_grad[:2]
+        kept = ctx.options, stats, divisor, _autograd.wanted(ctx, slice(2))
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             kernel = functools.partial(backward, *kept)
             composition = functools.partial(_composition, ctx.dtype, ctx.options)

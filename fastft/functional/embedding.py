@@ -234,7 +234,7 @@ class _Embeddings(torch.autograd.Function):
     def backward(ctx, grad_output):
         mean, rstd, seed, *saved = ctx.saved_tensors
         (eps, threshold, use, paddings), ids, tensors = ctx.options, saved[:3], saved[3:]
-        dropout, wanted = (seed, threshold, use), ctx.needs_input_grad[8:]
+        dropout, wanted = (seed, threshold, use), _autograd.wanted(ctx, slice(8, None))
 
         def kernel(grad_output, *tensors):
             return _backward((mean, rstd), dropout, paddings, ids, wanted, grad_output, *tensors)

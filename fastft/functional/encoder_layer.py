@@ -6,8 +6,8 @@
 Either half can be a node of its own, where the other one is left to PyTorch. Kept for the backward, in units of one
 activation (rows x H): the input 1, query, key and value 3, their attention 1, the pre-activation 4 (at an inner size of
 4 H), the two sums before LayerNorm 2. What LayerNorm and the activation made of these is made again, which costs a pass
-over memory each. That is memory "fast"; "low" makes the pre-activation again, too, by one more product; "lowest" keeps
-the input alone and runs the layer twice. One seed serves the three dropouts.
+over memory each. That is memory "fast"; "low" makes the pre-activation and the first of the two sums again, too, by two
+more products; "lowest" keeps the input alone and runs the layer twice. One seed serves the three dropouts.
 """
 
 from typing import NamedTuple
@@ -164,18 +164,22 @@ class _Run(NamedTuple):
             _, kept = again.forward(mask, cu_seqlens, seed, input, parameters, keep=True)
             return again.backward(mask, cu_seqlens, seed, kept, wanted, grad, input, *parameters, spent=True)
         (first, second), (of_first, of_second) = self.split(parameters), self.split(wanted[1:])
-        grads_first, grads_second = (), ()
+        grads_first, grads_second, x = (), (), input
+        if first and kept[4] is None:
+            x, *norm = self._attended(seed, kept[2], self._queried(cu_seqlens, input), first, keep=True)
+            kept = *kept[:4], *norm, *kept[7:]
+        elif first and second:  # what the attention half returned
+            x, *_ = norm_forward(
+                kept[4], None, first.norm_weight, first.norm_bias, self.attention.eps, _dropout.NONE, keep=False
+            )
         if second:
-            x = input
-            if first:  # what the attention half returned
-                x, *_ = norm_forward(
-                    kept[4], None, first.norm_weight, first.norm_bias, self.attention.eps, _dropout.NONE, keep=False
-                )
-            wants_x = any(wanted) if first else wanted[0]
+            wants_x = wanted[0] or (first is not None and any(of_first))
             grad, grads_second = self._feed_forward_backward(
                 seed, kept[-4:], wants_x, of_second, grad, x, second, spent
             )
-        if first:
+        if first and not (wanted[0] or any(of_first)):
+            grads_first = [None] * len(first)
+        elif first:
             grad, grads_first = self._attend_backward(
                 mask, cu_seqlens, seed, kept[:7], wanted[0], of_first, grad, input, first
             )
@@ -184,8 +188,7 @@ class _Run(NamedTuple):
     # ---- attention half
 
     def _attend(self, mask, cu_seqlens, seed, x, p, keep):
-        o, starts = self.attention, self._starts(cu_seqlens, x)
-        rows = x if starts is None else x[starts]
+        o, rows = self.attention, self._queried(cu_seqlens, x)
         if keep:
             query, joined = self._project(rows, x, p)
             heads = self._heads(query, joined)
@@ -198,10 +201,15 @@ class _Run(NamedTuple):
             *(self._call(), *heads, *self._masks(mask, cu_seqlens)),
             *(seed if self._call().threshold else None, keep, self._queries(context)),
         )
+        keep_norm = keep and self.memory == "fast"
+        y, *norm = self._attended(seed, context, rows, p, keep_norm)
+        return y, (query, joined, context, stats, *(norm if keep_norm else [None] * len(norm)))
+
+    def _attended(self, seed, context, rows, p, keep):
+        """The half's output, and what the backward of its LayerNorm needs."""
         mixed = self._linear(context, p.output_weight, p.output_bias)
-        dropout = _drop(seed, o.output_dropout, ATTENTION_OUTPUT)
-        y, *norm = norm_forward(mixed, rows, p.norm_weight, p.norm_bias, o.eps, dropout, keep)
-        return y, (query, joined, context, stats, *norm)
+        dropout = _drop(seed, self.attention.output_dropout, ATTENTION_OUTPUT)
+        return norm_forward(mixed, rows, p.norm_weight, p.norm_bias, self.attention.eps, dropout, keep)
 
     def _attend_backward(self, mask, cu_seqlens, seed, kept, wants_x, wanted, grad, x, p):
         o, (query, joined, context, stats, *norm) = self.attention, kept
@@ -251,6 +259,11 @@ class _Run(NamedTuple):
             return None
         B, S, packed, _ = self.layout
         return cu_seqlens[:-1].long() if packed else torch.arange(0, B * S, S, device=x.device)
+
+    def _queried(self, cu_seqlens, x):
+        """The rows of ``x`` whose output is wanted."""
+        starts = self._starts(cu_seqlens, x)
+        return x if starts is None else x[starts]
 
     def _project(self, rows, x, p):
         """None and query, key and value side by side, or a query for some ``rows`` and the others for all."""
@@ -347,10 +360,9 @@ class _Run(NamedTuple):
         first, second = self.split(parameters)
         output = input
         if first:
-            o, starts = self.attention, self._starts(cu_seqlens, input)
-            rows, linear = input if starts is None else input[starts], torch.nn.functional.linear
-            query = None if starts is None else linear(rows, first.query_weight, first.query_bias)
-            joined = linear(input, *_joined(first, 0 if starts is None else 1))
+            o, rows, linear = self.attention, self._queried(cu_seqlens, input), torch.nn.functional.linear
+            query = None if rows is input else linear(rows, first.query_weight, first.query_bias)
+            joined = linear(input, *_joined(first, 0 if rows is input else 1))
             others = *self._masks(mask, cu_seqlens), seed if self._call().threshold else None
             context = attention_composition(self._call(), others, *self._heads(query, joined))
             context = context if context.dim() == 3 else context.transpose(1, 2)
@@ -409,7 +421,7 @@ class _Layer(torch.autograd.Function):
     def backward(ctx, grad_output):
         tensors = ctx.saved_tensors
         kept, given, sources = tensors[: ctx.count], tensors[ctx.count : ctx.count + 3], tensors[ctx.count + 3 :]
-        wanted = ctx.needs_input_grad[4:]
+        wanted = _autograd.wanted(ctx, slice(4, None))
 
         def kernel(grad_output, *sources):
             grads = ctx.run.backward(*given, kept, wanted, grad_output, *sources)

@@ -158,9 +158,10 @@ class _Normalize(torch.autograd.Function):
     def backward(ctx, grad_output):
         rows, residual, weight, bias, seed, *saved = ctx.saved_tensors
         tensors, dropout = (rows, residual, weight, bias), (seed, ctx.threshold, ctx.use)
+        wanted = _autograd.wanted(ctx, slice(4))
 
         def kernel(grad_output, *tensors):
-            return backward(saved, dropout, ctx.needs_input_grad[:4], grad_output, *tensors)
+            return backward(saved, dropout, wanted, grad_output, *tensors)
 
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
 

@@ -293,7 +293,7 @@ class _LinearAct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         *tensors, preact = ctx.saved_tensors
-        kept = ctx.activation, preact, ctx.needs_input_grad[:3]
+        kept = ctx.activation, preact, _autograd.wanted(ctx, slice(3))
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             kernel = functools.partial(backward, *kept)
 

@@ -203,7 +203,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         *tensors, target, weight, stats = ctx.saved_tensors
-        kernel = functools.partial(_backward, ctx.dtype, ctx.options, stats, target, weight, ctx.needs_input_grad[:3])
+        wanted = _autograd.wanted(ctx, slice(3))
+        kernel = functools.partial(_backward, ctx.dtype, ctx.options, stats, target, weight, wanted)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             ignore_index, label_smoothing = ctx.options
 

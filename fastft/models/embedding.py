@@ -1,9 +1,12 @@
 """torch.nn.Embedding, alone and as an encoder begins: rows of several of them, LayerNorm, dropout."""
 
+import functools
+
 import torch
 
 from fastft.functional._choice import runs
 from fastft.functional.embedding import embedding, embeddings
+from fastft.models import encoder
 from fastft.models.norm import why_not_normalized
 from fastft.models.swap import Swapped, is_hooked, replaces, watched
 
@@ -26,6 +29,7 @@ class Embeddings(Swapped):
     """What the replacing classes of all architectures' embeddings have in common; the second base as for encoders."""
 
     _fastft_parts = ("LayerNorm", "dropout")
+    _fastft_handed = None
 
     def _fastft_why_not(self):
         for name in ("word_embeddings", "position_embeddings", "token_type_embeddings"):
@@ -57,15 +61,32 @@ class Embeddings(Swapped):
         if types is not None and token_type_ids is None:  # zeros, unless somebody changed the buffer
             token_type_ids = self.token_type_ids.expand(position_ids.shape[0], -1).gather(1, position_ids)
         tables = self.word_embeddings, self.position_embeddings, types
+        ids, (packed, standing) = (input_ids, position_ids, token_type_ids), self._fastft_packing(input_ids, tables)
+        if packed is not None:
+            ids = [None if of is None else of.expand(input_ids.shape).reshape(-1)[packed.kept] for of in ids]
         output = embeddings(
-            *(input_ids, position_ids, token_type_ids),
+            *ids,
             *(None if table is None else table.weight for table in tables),
             *(self.LayerNorm.weight, self.LayerNorm.bias, self.dropout.p, self.dropout.training, self.LayerNorm.eps),
             tuple(None if table is None else table.padding_idx for table in tables),
         )
         if torch.is_grad_enabled() and is_hooked(self.word_embeddings, REQUIRE_GRADS):
             output.requires_grad_()
-        return output
+        if packed is None:
+            return output
+        self._fastft_handed.plan, self._fastft_handed.rows, self._fastft_handed.stand_in = packed, output, standing
+        return standing
+
+    def _fastft_packing(self, input_ids, tables):
+        """How the encoder packs the tokens, and what stands for their hidden states until there; (None, None): it does
+        not, or cannot be asked."""
+        if self._fastft_handed is None or input_ids.dim() != 2:
+            return None, None
+        weights = [table.weight for table in tables if table is not None]
+        dtype = functools.reduce(torch.promote_types, (weight.dtype for weight in weights))
+        standing = encoder.stand_in((*input_ids.shape, weights[0].shape[1]), dtype, weights[0].device)
+        packed = encoder.packing(self._fastft_handed, standing)
+        return packed, None if packed is None else standing
 
     def _fastft_positions(self, input_ids, cache_length):
         return self.position_ids[:, cache_length : cache_length + input_ids.shape[1]]

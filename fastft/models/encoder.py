@@ -6,6 +6,8 @@ An architecture's file says where its modules are; nothing here knows their name
 import contextlib
 import functools
 import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -174,14 +176,6 @@ def runs_here(hidden_states, attention_mask, parameters):
 # ---- the whole encoder: without padding, and the last layer for first rows only
 
 
-class Handed(NamedTuple):
-    """What the model hands to its encoder past transformers' code between them."""
-
-    attention_mask: torch.Tensor | None  # the caller's; with lengths, if a collator knew them
-    first_only: bool  # the caller reads nothing but the first row of each sequence
-    padding_free: bool
-
-
 class Plan(NamedTuple):
     """What an encoder leaves out of a batch."""
 
@@ -192,6 +186,24 @@ class Plan(NamedTuple):
     present: torch.Tensor | None = None  # (B, S), where they are not padding
 
 
+@dataclass
+class Handed:
+    """What the model hands to its embeddings and its encoder past transformers' code between them."""
+
+    attention_mask: torch.Tensor | None  # the caller's; with lengths, if a collator knew them
+    first_only: bool  # the caller reads nothing but the first row of each sequence
+    padding_free: bool
+    layers: Sequence[torch.nn.Module]
+    plan: Plan | None = None  # of embeddings that made packed rows,
+    rows: torch.Tensor | None = None  # these, and
+    stand_in: torch.Tensor | None = None  # what stands for them on the way: all hidden states' shape, and NaN
+
+
+def stand_in(shape, dtype, device):
+    """Hidden states of which only shape, dtype and device are true."""
+    return torch.full((1,), torch.nan, dtype=dtype, device=device).expand(shape)
+
+
 class Encoder(Swapped):
     """What the replacing classes of all architectures' encoders have in common."""
 
@@ -200,11 +212,21 @@ class Encoder(Swapped):
 
     def _fastft_forward(self, hidden_states, attention_mask=None, *args, **kwargs):
         handed = self._fastft_handed
-        others = ("encoder_hidden_states", "encoder_attention_mask", "cache")
-        if handed is not None and not args and all(kwargs.get(name) is None for name in others):
-            found = plan(self.layer, handed, hidden_states, attention_mask)
+        if handed is not None and handed.plan is not None:
+            if hidden_states is not handed.stand_in:
+                raise RuntimeError(f"{type(self).__name__}: something came between the embeddings and the encoder")
+            output = run_layers(self.layer, hidden_states.shape, handed.rows, handed.plan)
+            return self._fastft_output(last_hidden_state=output)
+        if handed is not None and not args and _only_encodes(kwargs):
+            found = plan(handed, hidden_states, attention_mask)
             if found is not None:
-                return self._fastft_output(last_hidden_state=run_layers(self.layer, hidden_states, found))
+                shape = hidden_states.shape
+                rows = hidden_states.reshape(-1, shape[-1])
+                if found.kept is not None:
+                    rows = rows.index_select(0, found.kept)
+                elif found.tokens is not None:
+                    rows = pack(hidden_states, found.present, found.batch.cu_seqlens, found.tokens)
+                return self._fastft_output(last_hidden_state=run_layers(self.layer, shape, rows, found))
         return super().forward(hidden_states, attention_mask, *args, **kwargs)
 
 
@@ -225,53 +247,82 @@ class Model(Swapped):
             args, kwargs = (*args[:1], plain(mask), *args[2:]) if len(args) > 1 else args, dict(kwargs)
             if "attention_mask" in kwargs:
                 kwargs["attention_mask"] = plain(mask)
-        inner._fastft_handed = Handed(
+        handed = Handed(
             mask,
             self._fastft_first_only and unseen and self._fastft_reads_first_only(),
             self._fastft_padding_free,
+            inner.layer,
         )
+        told = [inner]
+        # ELECTRA has a layer between the two; encoder_hidden_states are the sixth argument.
+        direct = not hasattr(self, "embeddings_project") and len(args) <= 5 and _only_encodes(kwargs)
+        if direct and isinstance(self.embeddings, Swapped) and not watched(inner) and not watched(self.embeddings):
+            told.append(self.embeddings)
+        for module in told:
+            module._fastft_handed = handed
         try:
             return super().forward(*args, **kwargs)
         finally:
-            del inner._fastft_handed
+            for module in told:
+                del module._fastft_handed
 
 
-def plan(layers, handed, hidden_states, attention_mask):
-    """The :class:`Plan` of one call, or None where there is nothing to leave out.
+def _only_encodes(kwargs):
+    return all(kwargs.get(name) is None for name in ("encoder_hidden_states", "encoder_attention_mask", "cache"))
+
+
+def packing(handed, hidden_states):
+    """The :class:`Plan` of a batch whose padding is left out; None where there is none, or it has to be computed.
 
     Packing applies where each sequence's first token is there: who reads hidden states finds zeros at padding.
 
     Args:
-        layers: the encoder's; all must run as one node.
-        handed: a :class:`Handed`; sequences can be packed where its mask is ``(B, S)``.
+        handed: a :class:`Handed`; its mask must be ``(B, S)``, and its layers must all run as one node.
         hidden_states: ``(B, S, H)``, what the first layer gets.
+    """
+    # On a GPU waiting for the mask would stop what runs there.
+    if not handed.padding_free or handed.attention_mask is None or _is_on_gpu(hidden_states):
+        return None
+    present = plain(handed.attention_mask) != 0
+    if present.shape != hidden_states.shape[:2] or present.all() or not present[:, 0].all():
+        return None
+    if not _all_whole(handed.layers, hidden_states):
+        return None
+    lengths = present.sum(1)
+    cu_seqlens = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+    torch.cumsum(lengths, 0, out=cu_seqlens[1:])
+    batch = node.Batch(len(lengths), int(lengths.max()), None, cu_seqlens)
+    return Plan(batch, present.flatten().nonzero()[:, 0], handed.first_only)
+
+
+def packing_by_lengths(handed, hidden_states):
+    """The same on a GPU, where the mask came with its lengths."""
+    mask, lengths = handed.attention_mask, lengths_of(handed.attention_mask) if handed.padding_free else None
+    if lengths is None or not _is_on_gpu(hidden_states) or mask.shape != hidden_states.shape[:2]:
+        return None
+    if min(lengths, default=0) in (0, mask.shape[1]) or not _all_whole(handed.layers, hidden_states):
+        return None
+    present = plain(mask) != 0
+    cu_seqlens = torch.zeros(len(lengths) + 1, dtype=torch.int32, device=present.device)
+    torch.cumsum(present.sum(1), 0, out=cu_seqlens[1:])
+    batch = node.Batch(len(lengths), max(lengths), None, cu_seqlens)
+    return Plan(batch, None, handed.first_only, sum(lengths), present)
+
+
+def plan(handed, hidden_states, attention_mask):
+    """The :class:`Plan` of one call, or None where there is nothing to leave out.
+
+    Args:
+        handed: as for :func:`packing`.
+        hidden_states: the same.
         attention_mask: the mask that layers get otherwise.
     """
-    packs = handed.padding_free and handed.attention_mask is not None and handed.attention_mask.dim() == 2
-    if not (packs or handed.first_only) or not _all_whole(layers, hidden_states):
-        return None
-    B, S, _ = hidden_states.shape
-    lengths = lengths_of(handed.attention_mask) if packs else None
-    waits = not _is_on_gpu(hidden_states)  # for the mask; on a GPU it would stop what runs there
-    if lengths is not None and not waits and min(lengths, default=0) > 0:
-        if handed.attention_mask.shape == (B, S) and min(lengths) < S:
-            present = plain(handed.attention_mask) != 0
-            cu_seqlens = torch.zeros(B + 1, dtype=torch.int32, device=present.device)
-            torch.cumsum(present.sum(1), 0, out=cu_seqlens[1:])
-            batch = node.Batch(B, max(lengths), None, cu_seqlens)
-            return Plan(batch, None, handed.first_only, sum(lengths), present)
-    elif packs and waits:
-        present = handed.attention_mask != 0
-        if present.shape == (B, S) and not present.all() and present[:, 0].all():
-            lengths = present.sum(1)
-            cu_seqlens = torch.zeros(B + 1, dtype=torch.int32)
-            torch.cumsum(lengths, 0, out=cu_seqlens[1:])
-            batch = node.Batch(B, int(lengths.max()), None, cu_seqlens)
-            return Plan(batch, present.flatten().nonzero()[:, 0], handed.first_only)
-    if not handed.first_only:
-        return None
-    (_, options), _ = layers[0]._fastft_arguments()
-    return Plan(padded(attention_mask, B, S, options.heads, hidden_states.dtype), None, True)
+    found = packing(handed, hidden_states)
+    found = packing_by_lengths(handed, hidden_states) if found is None else found
+    if found is not None or not handed.first_only or not _all_whole(handed.layers, hidden_states):
+        return found
+    (_, options), _ = handed.layers[0]._fastft_arguments()
+    return Plan(padded(attention_mask, *hidden_states.shape[:2], options.heads, hidden_states.dtype), None, True)
 
 
 def _is_on_gpu(tensor):
@@ -292,14 +343,9 @@ def _all_whole(layers, hidden_states):
     return len(layers) > 0
 
 
-def run_layers(layers, hidden_states, plan):
-    """The last hidden states ``(B, S, H)``, or ``(B, 1, H)`` where only first rows are read."""
-    B, S, H = hidden_states.shape
-    rows = hidden_states.reshape(B * S, H)
-    if plan.kept is not None:
-        rows = rows.index_select(0, plan.kept)
-    elif plan.tokens is not None:
-        rows = pack(hidden_states, plan.present, plan.batch.cu_seqlens, plan.tokens)
+def run_layers(layers, shape, rows, plan):
+    """The last hidden states ``(B, S, H)``, or ``(B, 1, H)`` where only first rows are read, from the planned rows."""
+    B, S, H = shape
     *layers, last = layers
     for layer in layers:
         rows = layer(rows, plan.batch)

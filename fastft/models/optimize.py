@@ -29,7 +29,7 @@ def optimize(model, *, dtype="auto", padding_free=True, cls_only="auto", activat
         cls_only: ``"auto"`` computes the last layer for first tokens only where the model has a head that reads nothing
             else; False for all of them; True as "auto", and an error where there is no such head.
         activation_memory: what an encoder layer keeps for the backward, in units of one hidden state: ``"fast"`` about
-            11; ``"low"`` 7, for one more product; ``"lowest"`` 1, for a second forward. Where
+            11; ``"low"`` 6, for two more products; ``"lowest"`` 1, for a second forward. Where
             ``gradient_checkpointing_enable()`` was called, "lowest".
     Returns: ``model``.
     Raises:

@@ -13,6 +13,7 @@ where these are too few, each measured in its own unit, PyTorch's mean error plu
 another's magnitude.
 """
 
+import contextlib
 import copy
 import itertools
 import math
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 
+from fastft import _library
 from fastft.testing.spec import OpSpec, TensorMaker, is_float
 
 ENOUGH = 10_000  # elements
@@ -199,26 +201,36 @@ def check_op(
     indices: Iterable[int],
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
+    isas: Iterable[str] = (),
     seeds: int = SEEDS,
 ) -> None:
     """The budget for outputs and gradients of the samples ``indices`` of an op, all with their ``seeds``.
 
+    ``isas``: the CPU's instruction sets to judge, each alone; none: the one in use.
     Raises: BudgetExceeded: see :class:`Budget`.
     """
-    budget, outline, left = Budget(dtype == torch.float64), spec.outline(dtype), list(indices)
+    budgets = {isa: Budget(dtype == torch.float64) for isa in (*isas,) or (None,)}
+    outline, left, shortest = spec.outline(dtype), list(indices), next(iter(budgets.values()))
     for seed in itertools.count():
         for index in left:
-            case = outline[index].why
-            budget.add(*evaluate_op(spec, index, dtype, device, seed), case=case, seed=seed)
-        left = [index for index in left if budget.short(outline[index].why)]
-        if (seed + 1 >= seeds or not left) and budget.enough:
-            return budget.check()
+            every, theirs, truth = evaluate_op(spec, index, dtype, device, seed, budgets)
+            for isa, budget in budgets.items():
+                budget.add(every[isa], theirs, truth, case=outline[index].why, seed=seed)
+        left = [index for index in left if shortest.short(outline[index].why)]  # all have counted the same
+        if (seed + 1 >= seeds or not left) and shortest.enough:
+            break
+    for isa, budget in budgets.items():
+        try:
+            budget.check()
+        except BudgetExceeded as error:
+            raise BudgetExceeded(f"{isa}: {error}" if isa else str(error)) from None
 
 
 def evaluate_op(
-    spec: OpSpec, index: int, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0
-) -> tuple[Results, Results, Results]:
-    """One sample's output and gradients: by our op from awkward buffers, by PyTorch's, in float64."""
+    spec: OpSpec, index: int, dtype: torch.dtype, device: torch.device | str, seed: int, isas: Iterable[str | None]
+) -> tuple[Mapping[str | None, Results], Results, Results]:
+    """One sample's output and gradients: by our op from awkward buffers in each instruction set (None: the one in use),
+    by PyTorch's, in float64."""
     sample = spec.sample(index, dtype, device, seed)
     arguments, wanted = spec.named(sample), spec.differentiable(sample)
     yardstick = torch.float32 if dtype == torch.float64 else dtype
@@ -226,8 +238,13 @@ def evaluate_op(
     def grad_output(*shape: int) -> torch.Tensor:
         return TensorMaker(dtype, device, seed + 1_000_000)(*shape)
 
-    awkward = {name: guard(value) if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
-    ours = run(spec.op, awkward, wanted, lambda *shape: guard(grad_output(*shape)))
+    ours = {}
+    for isa in isas:
+        awkward = {
+            name: guard(value) if isinstance(value, torch.Tensor) else value for name, value in arguments.items()
+        }
+        with _library.use_isa(isa) if isa else contextlib.nullcontext():
+            ours[isa] = run(spec.op, awkward, wanted, lambda *shape: guard(grad_output(*shape)))
     theirs = run(spec.reference, cast(arguments, yardstick), wanted, grad_output)
     truth = run(spec.reference, cast(arguments, torch.float64), wanted, grad_output)
     return ours, theirs, truth
