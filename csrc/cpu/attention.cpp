@@ -87,14 +87,14 @@ template <class Tile, class T>
 void pack_depth_major(typename Tile::Unit* out, int64_t panel, const T* b, int64_t stride, int64_t depth,
                       int64_t cols) {
   constexpr int kCols = kTileCols<Tile>;
-  pack_panels<Tile, kCols, kCols, false>(out, panel, Operand<T>{b, stride, true}, depth, cols, 0, ceil_div(cols, kCols),
-                                         0, ceil_div(depth, Tile::kPair));
+  pack_panels<Tile, kCols, kCols>(out, panel, Operand<T>{b, stride, true}, depth, cols, 0, ceil_div(cols, kCols), 0,
+                                  ceil_div(depth, Tile::kPair), false);
 }
 template <class Tile, class T>
 void pack_col_major(typename Tile::Unit* out, int64_t panel, const T* b, int64_t stride, int64_t depth, int64_t cols) {
   for (int64_t col = 0; col < cols; col += kTileCols<Tile>, out += panel)
-    pack_transposed<Tile, false>(out, Operand<T>{b, stride, false}, depth, col, int(least(cols - col, kTileCols<Tile>)),
-                                 0, ceil_div(depth, Tile::kPair));
+    pack_transposed<Tile>(out, Operand<T>{b, stride, false}, depth, col, int(least(cols - col, kTileCols<Tile>)), 0,
+                          ceil_div(depth, Tile::kPair), false);
 }
 
 // Parts of one block of memory; without a block it only counts.

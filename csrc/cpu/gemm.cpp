@@ -176,17 +176,17 @@ void product(int64_t M, int64_t N, int64_t K, Operand<TA> a, Operand<TB> b,
   parallel_for(host, packing.tasks() + a_packing.tasks(), [&](int64_t task, int) {
     if (task >= packing.tasks()) {
       const Chunk chunk = a_packing.chunk_of(task - packing.tasks());
-      pack_panels<Tile, kTileRows, kPanelRows, true>(packed_a, a_panel_size, a, K, M, chunk.first, chunk.last,
-                                                     chunk.from, chunk.to);
+      pack_panels<Tile, kTileRows, kPanelRows>(packed_a, a_panel_size, a, K, M, chunk.first, chunk.last, chunk.from,
+                                               chunk.to, true);
     } else {
       const Chunk chunk = packing.chunk_of(task);
       if (b.depth_major)
-        pack_panels<Tile, kCols, kCols, true>(packed, panel_size, b, K, N, chunk.first, chunk.last, chunk.from,
-                                              chunk.to);
+        pack_panels<Tile, kCols, kCols>(packed, panel_size, b, K, N, chunk.first, chunk.last, chunk.from, chunk.to,
+                                        true);
       else
-        pack_transposed<Tile, true>(packed + chunk.first * panel_size, b, K, chunk.first * kCols,
-                                    int(N - chunk.first * kCols < kCols ? N - chunk.first * kCols : kCols), chunk.from,
-                                    chunk.to);
+        pack_transposed<Tile>(packed + chunk.first * panel_size, b, K, chunk.first * kCols,
+                              int(N - chunk.first * kCols < kCols ? N - chunk.first * kCols : kCols), chunk.from,
+                              chunk.to, true);
     }
     streamed();
   });

@@ -60,12 +60,12 @@ inline Vec<typename Tile::Unit> load_units(const T* in) {
   }
 }
 
-// ---- packing into panels [depth][kStride], `panel_size` units apart: units [from, to) of depth. Large ones are written past the caches (the caller ends
-// with streamed()), since fetching first what is overwritten takes twice the time.
+// ---- packing into panels [depth][kStride], `panel_size` units apart: units [from, to) of depth. What other cores read is written past the caches (the
+// caller ends with streamed()): fetching first what is overwritten takes twice the time, and taking it from another core's cache longer than from memory.
 
-template <bool kPastCaches, class V, class T>
-inline void put_units(T* p, V v) {
-  if constexpr (kPastCaches)
+template <class V, class T>
+inline void put_units(T* p, V v, bool past_caches) {
+  if (past_caches)
     stream(p, v);
   else
     std::memcpy(p, &v, sizeof v);
@@ -88,9 +88,9 @@ constexpr int kRunDepth = 8;  // steps of depth that one panel gets at a time
 
 // Depth-major: panels [first, last) of kWidth of the `outer` columns each, so many that rows are read in long runs. Columns past the last are zeros;
 // between kWidth and kStride is anything.
-template <class Tile, int kWidth, int kStride, bool kPastCaches, class T>
+template <class Tile, int kWidth, int kStride, class T>
 void pack_panels(typename Tile::Unit* out, int64_t panel_size, Operand<T> b, int64_t K, int64_t outer, int64_t first,
-                 int64_t last, int64_t from, int64_t to) {
+                 int64_t last, int64_t from, int64_t to, bool past_caches) {
   constexpr int P = Tile::kPair, L = kLanes<typename Tile::Acc>;
   for (int64_t begin = from; begin < to; begin += kRunDepth) {
     const int64_t end = begin + kRunDepth < to ? begin + kRunDepth : to;
@@ -102,9 +102,11 @@ void pack_panels(typename Tile::Unit* out, int64_t panel_size, Operand<T> b, int
         const T* in = b.data + begin * P * b.stride + col;
         for (int64_t p = begin; p < end; ++p, o += kStride, in += P * b.stride) {
           const bool has_next = P * p + 1 < K;
-          put_units<kPastCaches>(o, left >= L  ? interleave_units<Tile>(in, b.stride, has_next)
-                                    : left > 0 ? interleave_units<Tile>(in, b.stride, has_next, int(left))
-                                               : Vec<typename Tile::Unit>{});
+          put_units(o,
+                    left >= L  ? interleave_units<Tile>(in, b.stride, has_next)
+                    : left > 0 ? interleave_units<Tile>(in, b.stride, has_next, int(left))
+                               : Vec<typename Tile::Unit>{},
+                    past_caches);
         }
       }
   }
@@ -161,9 +163,9 @@ inline void transpose_square(const Rows& rows, const Put& put) {
 }
 
 // Depth is contiguous: transposed, L columns by L units of depth at a time, through registers.
-template <class Tile, bool kPastCaches, class T>
-void pack_transposed(typename Tile::Unit* out, Operand<T> b, int64_t K, int64_t col, int cols, int64_t from,
-                     int64_t to) {
+template <class Tile, class T>
+void pack_transposed(typename Tile::Unit* out, Operand<T> b, int64_t K, int64_t col, int cols, int64_t from, int64_t to,
+                     bool past_caches) {
   using Unit = typename Tile::Unit;
   constexpr int N = kTileCols<Tile>, P = Tile::kPair, L = kLanes<Unit>;
   for (int j0 = 0; j0 < N; j0 += L) {
@@ -173,7 +175,7 @@ void pack_transposed(typename Tile::Unit* out, Operand<T> b, int64_t K, int64_t 
       const int64_t units = to - p < L ? to - p : L;
       const int64_t left = K - p * P, elements = left < units * P ? left : units * P;
       Unit* const o = out + p * N + j0;
-      const auto put = [&](int q, Vec<Unit> row) { put_units<kPastCaches>(o + q * N, row); };
+      const auto put = [&](int q, Vec<Unit> row) { put_units(o + q * N, row, past_caches); };
       if (live == L && elements == L * P) {
         transpose_square<Tile>([&](int j) { return load_units<Tile>(in + j * b.stride + p * P); }, put);
         continue;

@@ -139,7 +139,13 @@ def _run(function: Callable, spec: OpSpec, sample: Sample, wanted: tuple[str, ..
     output = function(**arguments)
     grad_output = torch.randn_like(output)
     if path == "train":
-        return lambda: torch.autograd.grad(function(**arguments), leaves, grad_output)
+
+        def step():  # as in training: gradients are new, and the leaves' own
+            function(**arguments).backward(grad_output)
+            for leaf in leaves:
+                leaf.grad = None
+
+        return step
     return lambda: torch.autograd.grad(output, leaves, grad_output, retain_graph=True)
 
 
