@@ -12,7 +12,6 @@
 
 #include "kernels.h"
 #if defined(__CUDACC__)
-#include <cuda_fp16.h>
 #define FASTFT_INLINE __host__ __device__ __forceinline__
 #else
 #define FASTFT_INLINE inline __attribute__((always_inline))
@@ -44,7 +43,7 @@ template <class To, class From>
 FASTFT_INLINE To bit_cast(const From& x) {
   static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
   To y;
-  memcpy(&y, &x, sizeof y);
+  memcpy(static_cast<void*>(&y), &x, sizeof y);
   return y;
 }
 
@@ -381,7 +380,9 @@ FASTFT_INLINE float to_float(float x) { return x; }
 FASTFT_INLINE float to_float(bf16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
 FASTFT_INLINE float to_float(f16 x) {
 #if defined(__CUDA_ARCH__)
-  return __half2float(__ushort_as_half(x.bits));
+  float y;  // not by cuda_fp16.h: three front ends would read its 9000 lines for each file
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+  return y;
 #else
   const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16, rest = uint32_t(x.bits & 0x7fffu) << 13;
   const float scaled =
@@ -396,13 +397,21 @@ FASTFT_INLINE T from_float(Compute<T> x) {
 }
 template <>
 FASTFT_INLINE bf16 from_float<bf16>(float x) {
+#if defined(__CUDA_ARCH__)
+  bf16 y;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+  return y;
+#else
   const uint32_t bits = bit_cast<uint32_t>(x);
   return bf16{uint16_t(x != x ? (bits >> 16) | 0x40u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
+#endif
 }
 template <>
 FASTFT_INLINE f16 from_float<f16>(float x) {
 #if defined(__CUDA_ARCH__)
-  return f16{__half_as_ushort(__float2half_rn(x))};
+  f16 y;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+  return y;
 #else
   const uint32_t bits = bit_cast<uint32_t>(x), sign = bits >> 31 << 15;
   const float a = bit_cast<float>(bits & 0x7fffffffu);

@@ -120,9 +120,10 @@ struct Head {
 template <class Args>
 struct Heads {
   const Args& p;
+  const float* float_bias;   // in place of p.bias, or null
   int64_t* order = nullptr;  // of the sequences
 
-  Heads(const Args& p, const Host& host) : p(p) {
+  Heads(const Args& p, const float* float_bias, const Host& host) : p(p), float_bias(float_bias) {
     if (!p.cu_k) return;
     order = scratch<int64_t>(host, p.B + p.Sk + 2);
     int64_t* const next = order + p.B;  // by length: where the next sequence goes
@@ -170,6 +171,8 @@ struct Heads {
       for (const uint8_t* const keep = p.keep + at; k < live; ++k) out[k - from] = keep[k] ? F(0) : kMasked;
     else if (p.keep)
       for (; k < live; ++k) out[k - from] = p.keep[at + k * step] ? F(0) : kMasked;
+    else if (float_bias)
+      for (; k < live; ++k) out[k - from] = F(float_bias[at + k * step]);
     else if (p.bias)
       for (; k < live; ++k) out[k - from] = F(to_float(p.bias[at + k * step]));
     else
@@ -229,8 +232,8 @@ inline __attribute__((always_inline)) void for_row(Acc* row, int64_t strip, int6
   }
 }
 
-template <class T, class W>
-void softmax(const Heads<AttentionForward<T, W>>& heads, const Head& head, const ForwardMemory<T>& m, int64_t query,
+template <class T>
+void softmax(const Heads<AttentionForward<T, T>>& heads, const Head& head, const ForwardMemory<T>& m, int64_t query,
              int64_t rows, int64_t keys, const Dropout& dropout, Compute<T>* over_sum) {
   using Tile = typename TileFor<T>::type;
   using Acc = Compute<T>;
@@ -285,8 +288,8 @@ void softmax(const Heads<AttentionForward<T, W>>& heads, const Head& head, const
   }
 }
 
-template <class T, class W>
-void forward(const Heads<AttentionForward<T, W>>& heads, const Head& head, const ForwardMemory<T>& m) {
+template <class T>
+void forward(const Heads<AttentionForward<T, T>>& heads, const Head& head, const ForwardMemory<T>& m) {
   using Tile = typename TileFor<T>::type;
   using Acc = Compute<T>;
   constexpr int64_t kStrip = rows_of_strip(kQueries) * kStride;
@@ -354,8 +357,8 @@ struct BackwardMemory {
 };
 
 // Scores and dy v^T of a block become (f p)^T, ds^T and ds.
-template <class T, class W>
-void grad_scores(const Heads<AttentionBackward<T, W>>& heads, const Head& head, const BackwardMemory<T>& m,
+template <class T>
+void grad_scores(const Heads<AttentionBackward<T, T>>& heads, const Head& head, const BackwardMemory<T>& m,
                  int64_t query, int64_t rows, int64_t keys, const Dropout& dropout) {
   using Memory = BackwardMemory<T>;
   using Acc = Compute<T>;
@@ -424,8 +427,8 @@ void grad_scores(const Heads<AttentionBackward<T, W>>& heads, const Head& head, 
   }
 }
 
-template <class T, class W>
-void backward(const Heads<AttentionBackward<T, W>>& heads, const Head& head, const BackwardMemory<T>& m) {
+template <class T>
+void backward(const Heads<AttentionBackward<T, T>>& heads, const Head& head, const BackwardMemory<T>& m) {
   using Memory = BackwardMemory<T>;
   using Tile = typename Memory::Tile;
   using Acc = Compute<T>;
@@ -483,10 +486,10 @@ void backward(const Heads<AttentionBackward<T, W>>& heads, const Head& head, con
                head.keys, p.D, [](int64_t) { return Acc(1); });
 }
 
-// Each worker's memory, and body(head, memory) for each head.
+// Each worker's memory, and body(heads, head, memory) for each head.
 template <class Memory, class Args, class Body>
-void for_heads(const Args& p, const Host& host, const Body& body) {
-  const Heads<Args> heads(p, host);
+void for_heads(const Args& p, const float* float_bias, const Host& host, const Body& body) {
+  const Heads<Args> heads(p, float_bias, host);
   Arena sizes{nullptr};
   Memory(sizes, p.Sk, p.D);
   char* const all = scratch<char>(host, sizes.bytes * host.threads);
@@ -496,18 +499,34 @@ void for_heads(const Args& p, const Host& host, const Body& body) {
   });
 }
 
+// An additive mask of float beside bf16 is a pointer of its own: as a type it would be a quarter of this file's code.
+template <class T>
+const float* float_bias_of(const T*) {
+  return nullptr;
+}
+inline const float* float_bias_of(const float* bias) { return bias; }
+
+template <class T>
+void forward_heads(const AttentionForward<T, T>& p, const float* float_bias, const Host& host) {
+  for_heads<ForwardMemory<T>>(p, float_bias, host,
+                              [](const auto& heads, const Head& head, const auto& m) { forward(heads, head, m); });
+}
+template <class T>
+void backward_heads(const AttentionBackward<T, T>& p, const float* float_bias, const Host& host) {
+  for_heads<BackwardMemory<T>>(p, float_bias, host,
+                               [](const auto& heads, const Head& head, const auto& m) { backward(heads, head, m); });
+}
+
 }  // namespace
 
 template <class T, class W>
 void attention_forward(const AttentionForward<T, W>& p, const Host& host) {
-  for_heads<ForwardMemory<T>>(p, host,
-                              [](const auto& heads, const Head& head, const auto& m) { forward(heads, head, m); });
+  forward_heads(bit_cast<AttentionForward<T, T>>(p), float_bias_of(p.bias), host);
 }
 
 template <class T, class W>
 void attention_backward(const AttentionBackward<T, W>& p, const Host& host) {
-  for_heads<BackwardMemory<T>>(p, host,
-                               [](const auto& heads, const Head& head, const auto& m) { backward(heads, head, m); });
+  backward_heads(bit_cast<AttentionBackward<T, T>>(p), float_bias_of(p.bias), host);
 }
 
 FASTFT_INSTANTIATE(attention_forward, AttentionForward)

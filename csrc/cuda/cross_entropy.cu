@@ -73,9 +73,34 @@ __device__ Vector<T, n> piece_of(const T* row, int64_t c, int64_t stride) {
     return *reinterpret_cast<const Vector<T, n>*>(row + c);
 }
 
+// Parameters are of T, or of float, which is told at run time: as a type it would make half as many kernels more.
+template <class F, class T>
+__device__ F get(const T* from, int64_t at, bool is_float) {
+  return is_float ? F(reinterpret_cast<const float*>(from)[at]) : F(to_float(from[at]));
+}
+template <class F, class T>
+__device__ void put(T* to, int64_t at, F value, bool is_float) {
+  if (is_float)
+    reinterpret_cast<float*>(to)[at] = float(value);
+  else
+    to[at] = from_float<T>(value);
+}
+
+template <template <class, class> class Args, class T>
+struct Given : Args<T, T> {
+  bool is_float;       // what stands as a W
+  Compute<T> uniform;  // smoothing / C, of the host's division
+
+  template <class W>
+  explicit Given(const Args<T, W>& p)
+      : Args<T, T>(bit_cast<Args<T, T>>(p)),
+        is_float(std::is_same_v<W, float>),
+        uniform(Compute<T>(p.smoothing / double(p.C))) {}
+};
+
 template <class F, class Args>
 __device__ F weight_of(const Args& p, int64_t c) {
-  return p.w ? F(to_float(p.w[c])) : F(1);
+  return p.w ? get<F>(p.w, c, p.is_float) : F(1);
 }
 
 template <class F>
@@ -96,11 +121,11 @@ __device__ Target<F> target_of(const Args& p, int64_t row) {
   return {c, F(1 - p.smoothing) * weight, weight, false};
 }
 
-// k; uniform: smoothing / C, of the host's division.
+// k
 template <class F, class Args>
-__device__ F soft_target(const Args& p, F uniform, int64_t at, int64_t c) {
-  const F q = p.q ? F(to_float(p.q[at + c * p.S])) : F(0);
-  return (uniform + F(1 - p.smoothing) * q) * weight_of<F>(p, c);
+__device__ F soft_target(const Args& p, int64_t at, int64_t c) {
+  const F q = p.q ? get<F>(p.q, at + c * p.S, p.is_float) : F(0);
+  return (p.uniform + F(1 - p.smoothing) * q) * weight_of<F>(p, c);
 }
 
 template <bool kSoft, class F>
@@ -117,11 +142,10 @@ struct Online {
 
 // ---- kernels
 
-template <int kTeam, bool kSoft, class T, class W>
-__global__ void __launch_bounds__(kThreads, kBlocks<T>)
-    forward_kernel(CrossEntropyForward<T, W> p, Compute<T> uniform) {
+template <int kTeam, bool kSoft, class T>
+__global__ void __launch_bounds__(kThreads, kBlocks<T>) forward_kernel(Given<CrossEntropyForward, T> p) {
   using F = Compute<T>;
-  const Place<kTeam, CrossEntropyForward<T, W>> place(p);
+  const Place<kTeam, CrossEntropyForward<T, T>> place(p);
   const int64_t rows = p.N * p.S, row = place.row;
   if (row >= rows) return;  // a whole team
 
@@ -151,7 +175,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
         const F below = values[i][e] - top;
         sum += exp(below);
         if (kSoft && c + i * kTeam * n < whole.end) {
-          const F k = soft_target(p, uniform, place.at, c + i * kTeam * n + e);
+          const F k = soft_target<F>(p, place.at, c + i * kTeam * n + e);
           dot += k * below, mass += k;
         }
       }
@@ -164,7 +188,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
       online.raise(value > online.max ? value : online.max);
       online.sum += exp(value - online.max);
       if (kSoft) {
-        const F k = soft_target(p, uniform, place.at, c);
+        const F k = soft_target<F>(p, place.at, c);
         online.dot += k * (value - online.max), online.mass += k;
       }
     }
@@ -181,7 +205,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
   F loss = kSoft && !t.ignored ? online.mass * log_sum - online.dot : F(0);
   if (t.index >= 0) loss += t.hard * (log_sum - (F(to_float(p.x[place.at + t.index * p.S])) - online.max));
   if (p.reduction == kNone)
-    p.loss[row] = from_float<W>(loss);
+    put(p.loss, row, loss, p.is_float);
   else
     p.row_loss[row] = loss;
   if (!p.stats) return;
@@ -190,8 +214,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
   if (kSoft) p.stats[2 * rows + row] = online.mass;
 }
 
-template <class T, class W>
-__global__ void __launch_bounds__(kThreads) reduce_kernel(CrossEntropyForward<T, W> p) {
+template <class T>
+__global__ void __launch_bounds__(kThreads) reduce_kernel(Given<CrossEntropyForward, T> p) {
   double loss = 0, weight = 0;
   for (int64_t row = threadIdx.x; row < p.N * p.S; row += kThreads) {
     loss += double(p.row_loss[row]);
@@ -200,20 +224,19 @@ __global__ void __launch_bounds__(kThreads) reduce_kernel(CrossEntropyForward<T,
   loss = block_reduce<kThreads>(loss, Sum());
   weight = block_reduce<kThreads>(weight, Sum());
   if (threadIdx.x != 0) return;
-  *p.loss = from_float<W>(Compute<T>(p.reduction == kMean ? loss / weight : loss));
+  put(p.loss, 0, Compute<T>(p.reduction == kMean ? loss / weight : loss), p.is_float);
   if (p.divisor) *p.divisor = Compute<T>(weight);
 }
 
-template <int kTeam, bool kSoft, class T, class W>
-__global__ void __launch_bounds__(kThreads, kBlocks<T>)
-    backward_kernel(CrossEntropyBackward<T, W> p, Compute<T> uniform) {
+template <int kTeam, bool kSoft, class T>
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 3) backward_kernel(Given<CrossEntropyBackward, T> p) {
   using F = Compute<T>;
-  const Place<kTeam, CrossEntropyBackward<T, W>> place(p);
+  const Place<kTeam, CrossEntropyBackward<T, T>> place(p);
   const int64_t rows = p.N * p.S, row = place.row;
   if (row >= rows) return;
   const Target<F> t = target_of<F>(p, row);
   const F max = p.stats[row], log_sum = p.stats[rows + row];
-  F grad = to_float(p.dy[p.reduction == kNone ? row : 0]);
+  F grad = get<F>(p.dy, p.reduction == kNone ? row : 0, p.is_float);
   if (p.reduction == kMean) grad /= *p.divisor;
   const F hard = grad * t.hard, softmax = (kSoft ? hard + grad * p.stats[2 * rows + row] : hard) * exp(-log_sum);
   constexpr int n = kPiece<kTeam, T>, kPieces = n > 1 && !kSoft ? 2 : 1;
@@ -222,10 +245,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
   const auto gradient = [&](T logit, int64_t c) {  // of class c; and of its probability
     const F below = F(to_float(logit)) - max;
     F dx = exp(below) * softmax;
-    if (kSoft) dx -= grad * soft_target(p, uniform, place.at, c);
+    if (kSoft) dx -= grad * soft_target<F>(p, place.at, c);
     if (c == t.index) dx -= hard;
     if (kSoft && p.dq)
-      p.dq[place.at + c * p.S] = from_float<W>(grad * F(1 - p.smoothing) * weight_of<F>(p, c) * (log_sum - below));
+      put(p.dq, place.at + c * p.S, grad * F(1 - p.smoothing) * weight_of<F>(p, c) * (log_sum - below), p.is_float);
     return from_float<T>(t.ignored ? F(0) : dx);
   };
   const Pieces<n> whole(x, dx, p.C, p.S);
@@ -277,26 +300,30 @@ void with_team(const Args& p, const Body& body) {
   }
 }
 
-template <template <class, class> class Args, class T, class W>
-Compute<T> uniform_of(const Args<T, W>& p) {
-  return Compute<T>(p.smoothing / double(p.C));
+template <class T>
+void forward(const Given<CrossEntropyForward, T>& p, Stream stream) {
+  with_team<T>(p, [&](auto team, auto soft, dim3 grid) {
+    launch(forward_kernel<team.value, soft.value, T>, grid, kThreads, 0, stream, p);
+  });
+  if (p.reduction != kNone) launch(reduce_kernel<T>, dim3(1), kThreads, 0, stream, p);
+}
+
+template <class T>
+void backward(const Given<CrossEntropyBackward, T>& p, Stream stream) {
+  with_team<T>(p, [&](auto team, auto soft, dim3 grid) {
+    launch(backward_kernel<team.value, soft.value, T>, grid, kThreads, 0, stream, p);
+  });
 }
 
 }  // namespace
 
 template <class T, class W>
 void cross_entropy_forward(const CrossEntropyForward<T, W>& p, Stream stream) {
-  with_team<T>(p, [&](auto team, auto soft, dim3 grid) {
-    launch(forward_kernel<team.value, soft.value, T, W>, grid, kThreads, 0, stream, p, uniform_of(p));
-  });
-  if (p.reduction != kNone) launch(reduce_kernel<T, W>, dim3(1), kThreads, 0, stream, p);
+  forward(Given<CrossEntropyForward, T>(p), stream);
 }
-
 template <class T, class W>
 void cross_entropy_backward(const CrossEntropyBackward<T, W>& p, Stream stream) {
-  with_team<T>(p, [&](auto team, auto soft, dim3 grid) {
-    launch(backward_kernel<team.value, soft.value, T, W>, grid, kThreads, 0, stream, p, uniform_of(p));
-  });
+  backward(Given<CrossEntropyBackward, T>(p), stream);
 }
 
 #define FASTFT_X(suffix, T, W)                                                         \

@@ -5,9 +5,9 @@
 #include <cxxabi.h>
 
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
-#include <stdexcept>
-#include <string>
+#include <exception>
 
 #include "kernels.h"
 #include "numeric.h"  // to_float, from_float, Compute<T>
@@ -19,29 +19,34 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// What launchers throw. Not std::runtime_error: <string>, which it brings, would be a fifth of the time of a short file,
+// whose headers three front ends read.
+class Failure : public std::exception {
+ public:
+  template <class... Values>
+  explicit Failure(const char* format, Values... values) {
+    snprintf(text_, sizeof text_, format, values...);
+  }
+  const char* what() const noexcept override { return text_; }
+
+ private:
+  char text_[1024];
+};
+
 // ---- starting a kernel
 
 // Kernels are numbered along x only, which reaches 2^31 - 1 blocks; y and z end at 65535.
 inline dim3 grid_of(int64_t blocks) {
   if (blocks >= int64_t(1) << 31)
-    throw std::runtime_error("fastft: " + std::to_string(blocks) + " blocks are more than a CUDA grid holds");
+    throw Failure("fastft: %lld blocks are more than a CUDA grid holds", static_cast<long long>(blocks));
   return dim3(unsigned(blocks));
-}
-
-inline std::string kernel_name(const void* kernel) {
-  const char* mangled = nullptr;
-  if (cudaFuncGetName(&mangled, kernel) != cudaSuccess || !mangled) return "kernel";
-  char* const readable = abi::__cxa_demangle(mangled, nullptr, nullptr, nullptr);
-  const std::string name = readable ? readable : mangled;
-  std::free(readable);
-  return name;
 }
 
 // What a kernel gets without asking first.
 constexpr size_t kSharedUnasked = 48 << 10;
 
 // What a user can do about an error of CUDA's; _library.py finds most of it out before.
-inline std::string advice(cudaError_t error) {
+inline const char* advice(cudaError_t error) {
   switch (int(error)) {  // by number: tests/simt has few of the names
     case 35:             // cudaErrorInsufficientDriver
       return "; update the NVIDIA driver, or build fastft with an older CUDA";
@@ -51,6 +56,16 @@ inline std::string advice(cudaError_t error) {
     default:
       return "";
   }
+}
+
+[[noreturn]] inline void refuse(const void* kernel, cudaError_t error) {
+  const char* mangled = nullptr;
+  if (cudaFuncGetName(&mangled, kernel) != cudaSuccess || !mangled) mangled = "kernel";
+  char* const readable = abi::__cxa_demangle(mangled, nullptr, nullptr, nullptr);
+  const Failure failure("fastft: %.700s: CUDA error: %s%s", readable ? readable : mangled, cudaGetErrorString(error),
+                        advice(error));
+  std::free(readable);
+  throw failure;
 }
 
 template <class T>
@@ -70,9 +85,7 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, Stream s
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
   if (error == cudaSuccess)
     error = cudaLaunchKernel(kernel, grid, block, pointers, shared, static_cast<cudaStream_t>(stream));
-  if (error != cudaSuccess)
-    throw std::runtime_error("fastft: " + kernel_name(reinterpret_cast<const void*>(kernel)) +
-                             ": CUDA error: " + cudaGetErrorString(error) + advice(error));
+  if (error != cudaSuccess) refuse(reinterpret_cast<const void*>(kernel), error);
 }
 
 // ---- vectors: n neighbours in memory that are moved at once

@@ -12,14 +12,13 @@
 namespace fastft::cuda {
 namespace {
 
-template <class W, int n>
+template <class F, int n>
 struct RowsOfTables {
-  Stored<W, n> word, type, position;
+  Stored<F, n> word, type, position;
 
-  template <class F>
   __device__ OfLane<F> sum() const {
-    OfLane<F> sum = word.template as<F>();
-    const OfLane<F> t = type.template as<F>(), p = position.template as<F>();
+    OfLane<F> sum = word.values();
+    const OfLane<F> t = type.values(), p = position.values();
 #pragma unroll
     for (int i = 0; i < kOfLane; ++i) sum.v[i] = sum.v[i] + t.v[i] + p.v[i];
     return sum;
@@ -27,43 +26,44 @@ struct RowsOfTables {
 };
 
 // The three rows that are added.
-template <class W>
+template <class F>
 struct Sources {
-  const W *word, *type, *position;
+  Row<const Any<F>> word, type, position;
 
   template <class Args>
-  __device__ Sources(const Args& p, int64_t row)
-      : word(p.word + p.ids[row] * p.H),
-        type(p.type_ids ? p.type + p.type_ids[row] * p.H : nullptr),
-        position(p.position + p.position_ids[row] * p.H) {
+  __device__ Sources(const Args& p, Type of, int64_t row)
+      : word(row_of(p.word, of, p.ids[row], p.H)),
+        type(row_of(p.type_ids ? p.type : nullptr, of, p.type_ids ? p.type_ids[row] : 0, p.H)),
+        position(row_of(p.position, of, p.position_ids[row], p.H)) {
     assert(p.ids[row] >= 0 && p.ids[row] < p.V && "embeddings: an id is out of range");
     assert(p.position_ids[row] >= 0 && p.position_ids[row] < p.P && "embeddings: a position is out of range");
-    assert((!type || (p.type_ids[row] >= 0 && p.type_ids[row] < p.C)) && "embeddings: a type is out of range");
+    assert((!p.type_ids || (p.type_ids[row] >= 0 && p.type_ids[row] < p.C)) && "embeddings: a type is out of range");
   }
 
   template <int n>
-  __device__ RowsOfTables<W, n> read(int64_t first, int64_t H) const {
+  __device__ RowsOfTables<F, n> read(int64_t first, int64_t H) const {
     return {load<n>(word, first, H), load<n>(type, first, H), load<n>(position, first, H)};
   }
 };
 
-template <class T, class W, int n>
-__global__ void __launch_bounds__(kThreadsOfRows, kRowBlocks<W>) embedding_forward_kernel(EmbeddingForward<T, W> p) {
-  using F = Compute<W>;
+template <class F, int n>
+__global__ void __launch_bounds__(kThreadsOfRows, kRowBlocks<F>)
+    embedding_forward_kernel(EmbeddingForward<Any<F>, Any<F>> p, Types types) {
   const int64_t row = int64_t(blockIdx.x) * kRowsPerBlock + threadIdx.y;
   if (row >= p.M) return;  // a whole warp leaves
-  const Sources<W> sources(p, row);
+  const Sources<F> sources(p, types.w, row);
+  const auto w = row_of(p.w, types.w, 0, p.H), b = row_of(p.b, types.w, 0, p.H);
   const Kept<F> kept = kept_of_row<OfLane<F>, F>(p, row);
-  const HeldRow sum(p.H, [&](int64_t first) { return sources.template read<n>(first, p.H).template sum<F>(); });
+  const HeldRow sum(p.H, [&](int64_t first) { return sources.template read<n>(first, p.H).sum(); });
   const RowMoments<F> moments = row_moments<n, F>(sum, p.eps);
   sum.template each<false>([&](const OfLane<F>& h, int64_t first) {
-    const OfLane<F> w = load<n>(p.w, first, p.H).template as<F>(), b = load<n>(p.b, first, p.H).template as<F>();
+    const OfLane<F> of_w = load<n>(w, first, p.H).values(), of_b = load<n>(b, first, p.H).values();
     OfLane<F> y;
 #pragma unroll
     for (int i = 0; i < kOfLane; ++i)
-      y.v[i] = (h.v[i] - moments.about - moments.shift) * moments.rstd * w.v[i] + b.v[i];
+      y.v[i] = (h.v[i] - moments.about - moments.shift) * moments.rstd * of_w.v[i] + of_b.v[i];
     drop<n>(y, kept, first);
-    store<n>(p.y + row * p.H, first, p.H, y);
+    store<n>(row_of(p.y, types.t, row, p.H), first, p.H, y);
   });
   if (threadIdx.x == 0) {
     if (p.mean) p.mean[row] = moments.about + moments.shift;
@@ -72,11 +72,12 @@ __global__ void __launch_bounds__(kThreadsOfRows, kRowBlocks<W>) embedding_forwa
 }
 
 // n = (h - mean) rstd, and dropout's factor times dy.
-template <class F, int n, class T, class W>
-__device__ NormalAndGradient<F> normal_and_gradient(const EmbeddingBackward<T, W>& p, const Sources<W>& sources,
-                                                    const Kept<F>& kept, int64_t row, int64_t first) {
-  const Stored<T, n> dy = load<n>(p.dy + row * p.H, first, p.H);
-  OfLane<F> h = sources.template read<n>(first, p.H).template sum<F>(), g = dy.template as<F>();
+template <int n, class F>
+__device__ NormalAndGradient<F> normal_and_gradient(const EmbeddingBackward<Any<F>, Any<F>>& p, Type of_dy,
+                                                    const Sources<F>& sources, const Kept<F>& kept, int64_t row,
+                                                    int64_t first) {
+  const Stored<F, n> dy = load<n>(row_of(p.dy, of_dy, row, p.H), first, p.H);
+  OfLane<F> h = sources.template read<n>(first, p.H).sum(), g = dy.values();
   drop<n>(g, kept, first);
   const F mean = p.mean[row], rstd = p.rstd[row];
 #pragma unroll
@@ -84,34 +85,34 @@ __device__ NormalAndGradient<F> normal_and_gradient(const EmbeddingBackward<T, W
   return {h, g};
 }
 
-template <class T, class W, int n>
-__global__ void __launch_bounds__(kThreadsOfRows, kRowBlocks<W>) embedding_backward_kernel(EmbeddingBackward<T, W> p) {
-  using F = Compute<W>;
+template <class F, int n>
+__global__ void __launch_bounds__(kThreadsOfRows, kRowBlocks<F>)
+    embedding_backward_kernel(EmbeddingBackward<Any<F>, Any<F>> p, Types types) {
   const int64_t row = int64_t(blockIdx.x) * kRowsPerBlock + threadIdx.y;
   if (row >= p.M) return;
-  const Sources<W> sources(p, row);
+  const Sources<F> sources(p, types.w, row);
   const Kept<F> kept = kept_of_row<NormalAndGradient<F>, F>(p, row);
   const HeldRow given(p.H, [&](int64_t first) {
-    NormalAndGradient<F> x = normal_and_gradient<F, n>(p, sources, kept, row, first);
-    const OfLane<F> w = load<n>(p.w, first, p.H).template as<F>();
+    NormalAndGradient<F> x = normal_and_gradient<n>(p, types.t, sources, kept, row, first);
+    const OfLane<F> w = load<n>(row_of(p.w, types.w, 0, p.H), first, p.H).values();
 #pragma unroll
     for (int i = 0; i < kOfLane; ++i) x.g.v[i] *= w.v[i];
     return x;
   });
   norm_backward(given, F(p.rstd[row]),
-                [&](const OfLane<F>& dh, int64_t first) { store<n>(p.dh + row * p.H, first, p.H, dh); });
+                [&](const OfLane<F>& dh, int64_t first) { store<n>(row_of(p.dh, types.t, row, p.H), first, p.H, dh); });
 }
 
 // Sums of dropout's factor dy n, and of factor dy.
-template <class T, class W, int n>
-__global__ void __launch_bounds__(kSumWarps* kWarp, sizeof(Compute<W>) == 8 ? 1 : 2)
-    embedding_partial_kernel(EmbeddingBackward<T, W> p) {
-  using F = Compute<W>;
+template <class F, int n>
+__global__ void __launch_bounds__(kSumWarps* kWarp, sizeof(F) == 8 ? 1 : 2)
+    embedding_partial_kernel(EmbeddingBackward<Any<F>, Any<F>> p, Types types) {
   __shared__ __align__(8) uint8_t calls[kSumWarps][kCallsOfSpan];
   sum_rows<n>(p.partial, p.M, p.H, [&](OfLane<F>(&sums)[2], int64_t row, int64_t first) {
     __syncwarp();  // the last row's calls have been read
     const Kept<F> kept = kept_of<F>(calls[threadIdx.y], p, row, first, kCallsOfSpan);
-    const NormalAndGradient<F> x = normal_and_gradient<F, n>(p, Sources<W>(p, row), kept, row, first);
+    const Sources<F> sources(p, types.w, row);
+    const NormalAndGradient<F> x = normal_and_gradient<n>(p, types.t, sources, kept, row, first);
 #pragma unroll
     for (int i = 0; i < kOfLane; ++i) {
       sums[0].v[i] += x.g.v[i] * x.n.v[i];
@@ -122,12 +123,12 @@ __global__ void __launch_bounds__(kSumWarps* kWarp, sizeof(Compute<W>) == 8 ? 1 
 
 // ---- gradients of tables. Of the sorted ids a run of equal ones has one sum; a part is kScatterRows of the sorted rows.
 
-template <class T, class W>
+template <class F>
 struct Runs {
-  const EmbeddingScatter<T, W>& p;
+  const EmbeddingScatter<Any<F>, Any<F>>& p;
   int64_t part, begin, end;  // sorted rows of the part
 
-  __device__ Runs(const EmbeddingScatter<T, W>& p, int64_t part)
+  __device__ Runs(const EmbeddingScatter<Any<F>, Any<F>>& p, int64_t part)
       : p(p),
         part(part),
         begin(part * kScatterRows),
@@ -137,23 +138,23 @@ struct Runs {
   __device__ bool goes_on() const { return end < p.M && p.ids[end - 1] == p.ids[end]; }             // its last
   __device__ bool is_one() const { return p.ids[begin] == p.ids[end - 1]; }
   // (parts, 2, H): sums of a part's first run, if that begins earlier, and of its last, if that goes on.
-  __device__ Statistic<W>* partial(int64_t part, bool last) const { return p.partial + (part * 2 + last) * p.H; }
+  __device__ Row<Any<F>> partial(int64_t part, bool last) const { return row_of(p.partial + (part * 2 + last) * p.H); }
 };
 
-template <class T, class W, int n>
-__global__ void __launch_bounds__(kThreadsOfRows, kRowBlocks<W>) embedding_scatter_kernel(EmbeddingScatter<T, W> p) {
-  using F = Compute<W>;
+template <class F, int n>
+__global__ void __launch_bounds__(kThreadsOfRows, kRowBlocks<F>)
+    embedding_scatter_kernel(EmbeddingScatter<Any<F>, Any<F>> p, Types types) {
   const int64_t spans = ceil_div(p.H, kSpan), warp = int64_t(blockIdx.x) * kRowsPerBlock + threadIdx.y;
   const int64_t first = warp % spans * kSpan;
-  const Runs<T, W> runs(p, warp / spans);
+  const Runs<F> runs(p, warp / spans);
   if (runs.begin >= p.M) return;
-  const auto row = [&](int64_t at) { return load<n>(p.dh + p.order[at] * p.H, first, p.H); };
+  const auto row = [&](int64_t at) { return load<n>(row_of(p.dh, types.t, p.order[at], p.H), first, p.H); };
   OfLane<F> sum = {};
   bool is_first = true;  // run of this part
-  Stored<T, n> next = row(runs.begin);
+  Stored<F, n> next = row(runs.begin);
 #pragma unroll 1
   for (int64_t at = runs.begin; at < runs.end; ++at) {
-    const OfLane<F> dh = next.template as<F>();
+    const OfLane<F> dh = next.values();
     if (at + 1 < runs.end) next = row(at + 1);  // on its way while this one is added
     const int64_t id = p.ids[at];
     assert(id >= 0 && id < p.V && "embeddings: an id is out of range");
@@ -161,21 +162,20 @@ __global__ void __launch_bounds__(kThreadsOfRows, kRowBlocks<W>) embedding_scatt
     for (int i = 0; i < kOfLane; ++i) sum.v[i] += dh.v[i];
     if (at + 1 < runs.end && p.ids[at + 1] == id) continue;
     const bool began_earlier = is_first && runs.begins_earlier();
-    if (began_earlier || (at + 1 == runs.end && runs.goes_on()))
-      store<n>(runs.partial(runs.part, !began_earlier), first, p.H, sum);
-    else if (id != p.padding)
-      store<n>(p.dtable + id * p.H, first, p.H, sum);
+    const bool partial = began_earlier || (at + 1 == runs.end && runs.goes_on());
+    if (partial || id != p.padding)
+      store<n>(partial ? runs.partial(runs.part, !began_earlier) : row_of(p.dtable, types.w, id, p.H), first, p.H, sum);
     sum = {};
     is_first = false;
   }
 }
 
 // The sums of runs that do not end in the part where they begin, a block for each such part and span.
-template <class T, class W, int n>
-__global__ void __launch_bounds__(kSumWarps* kWarp, 2) embedding_runs_kernel(EmbeddingScatter<T, W> p) {
-  using F = Compute<W>;
+template <class F, int n>
+__global__ void __launch_bounds__(kSumWarps* kWarp, 2)
+    embedding_runs_kernel(EmbeddingScatter<Any<F>, Any<F>> p, Types types) {
   const int64_t spans = ceil_div(p.H, kSpan), first = blockIdx.x % spans * kSpan;
-  const Runs<T, W> runs(p, blockIdx.x / spans);
+  const Runs<F> runs(p, blockIdx.x / spans);
   if (!runs.goes_on() || (runs.is_one() && runs.begins_earlier())) return;
   const int64_t id = p.ids[runs.end - 1];
   if (id == p.padding) return;
@@ -188,49 +188,64 @@ __global__ void __launch_bounds__(kSumWarps* kWarp, 2) embedding_runs_kernel(Emb
   OfLane<F> sum = {};
 #pragma unroll 2
   for (int64_t part = runs.part + threadIdx.y; part <= last; part += kSumWarps) {
-    const OfLane<F> more = load<n>(runs.partial(part, part == runs.part), first, p.H).template as<F>();
+    const Row<Any<F>> row = runs.partial(part, part == runs.part);
+    const OfLane<F> more = load<n>(Row<const Any<F>>(row.data, kFloat), first, p.H).values();
 #pragma unroll
     for (int i = 0; i < kOfLane; ++i) sum.v[i] += more.v[i];
   }
   __shared__ F of_warps[kSumWarps][kSpan];
+  const Row<Any<F>> out = row_of(p.dtable, types.w, id, p.H);
   add_warps<n>(of_warps, sum, [&](int column, F total) {
-    if (first + column < p.H) p.dtable[id * p.H + first + column] = from_float<W>(total);
+    if (first + column < p.H) put(out, first + column, total);
+  });
+}
+
+// ---- launchers, of erased arguments
+
+template <class F>
+void forward(const EmbeddingForward<Any<F>, Any<F>>& p, Types types, Stream stream) {
+  with_neighbours<F>(p.H, aligned(p.y, p.word, p.position, p.type, p.w, p.b), [&](auto n) {
+    launch(&embedding_forward_kernel<F, n.value>, grid_of(ceil_div(p.M, kRowsPerBlock)), dim3(kWarp, kRowsPerBlock),
+           shared_for<OfLane<F>>(p), stream, p, types);
+  });
+}
+
+template <class F>
+void backward(const EmbeddingBackward<Any<F>, Any<F>>& p, Types types, Stream stream) {
+  with_neighbours<F>(p.H, aligned(p.dh, p.dy, p.word, p.position, p.type, p.w), [&](auto n) {
+    if (p.dh)
+      launch(&embedding_backward_kernel<F, n.value>, grid_of(ceil_div(p.M, kRowsPerBlock)), dim3(kWarp, kRowsPerBlock),
+             shared_for<NormalAndGradient<F>>(p), stream, p, types);
+    if (p.dw || p.db)
+      launch(&embedding_partial_kernel<F, n.value>, grid_of(sum_blocks(p.M, p.H)), dim3(kWarp, kSumWarps), 0, stream, p,
+             types);
+  });
+  if (p.dw || p.db) add_partial_sums(p.dw, p.db, types.w, p.partial, ceil_div(p.M, kSumRows), p.H, stream);
+}
+
+template <class F>
+void scatter(const EmbeddingScatter<Any<F>, Any<F>>& p, Types types, Stream stream) {
+  const int64_t works = ceil_div(p.M, kScatterRows) * ceil_div(p.H, kSpan);
+  with_neighbours<F>(p.H, aligned(p.dtable, p.dh, p.partial), [&](auto n) {
+    launch(&embedding_scatter_kernel<F, n.value>, grid_of(ceil_div(works, kRowsPerBlock)), dim3(kWarp, kRowsPerBlock),
+           0, stream, p, types);
+    launch(&embedding_runs_kernel<F, n.value>, grid_of(works), dim3(kWarp, kSumWarps), 0, stream, p, types);
   });
 }
 
 }  // namespace
 
-// ---- launchers
-
 template <class T, class W>
 void embedding_forward(const EmbeddingForward<T, W>& p, Stream stream) {
-  with_neighbours<T, W>(p.H, aligned(p.y, p.word, p.position, p.type, p.w, p.b), [&](auto n) {
-    launch(&embedding_forward_kernel<T, W, n.value>, grid_of(ceil_div(p.M, kRowsPerBlock)), dim3(kWarp, kRowsPerBlock),
-           shared_for<OfLane<Compute<W>>>(p), stream, p);
-  });
+  forward<Compute<W>>(erased(p), types_of(p), stream);
 }
-
 template <class T, class W>
 void embedding_backward(const EmbeddingBackward<T, W>& p, Stream stream) {
-  with_neighbours<T, W>(p.H, aligned(p.dh, p.dy, p.word, p.position, p.type, p.w), [&](auto n) {
-    if (p.dh)
-      launch(&embedding_backward_kernel<T, W, n.value>, grid_of(ceil_div(p.M, kRowsPerBlock)),
-             dim3(kWarp, kRowsPerBlock), shared_for<NormalAndGradient<Compute<W>>>(p), stream, p);
-    if (p.dw || p.db)
-      launch(&embedding_partial_kernel<T, W, n.value>, grid_of(sum_blocks(p.M, p.H)), dim3(kWarp, kSumWarps), 0, stream,
-             p);
-  });
-  if (p.dw || p.db) add_partial_sums(p.dw, p.db, p.partial, ceil_div(p.M, kSumRows), p.H, stream);
+  backward<Compute<W>>(erased(p), types_of(p), stream);
 }
-
 template <class T, class W>
 void embedding_scatter(const EmbeddingScatter<T, W>& p, Stream stream) {
-  const int64_t works = ceil_div(p.M, kScatterRows) * ceil_div(p.H, kSpan);
-  with_neighbours<T, T>(p.H, aligned(p.dtable, p.dh, p.partial), [&](auto n) {
-    launch(&embedding_scatter_kernel<T, W, n.value>, grid_of(ceil_div(works, kRowsPerBlock)),
-           dim3(kWarp, kRowsPerBlock), 0, stream, p);
-    launch(&embedding_runs_kernel<T, W, n.value>, grid_of(works), dim3(kWarp, kSumWarps), 0, stream, p);
-  });
+  scatter<Compute<W>>(erased(p), types_of(p), stream);
 }
 
 #define FASTFT_X(suffix, T, W)                                              \

@@ -1,5 +1,5 @@
 // All PTX of the kernels, in named one-line functions: asynchronous copies, matrix fragments, products of tensor cores;
-// and what else g++ cannot parse. tests/simt has a file of this name that stands in for it on the CPU. From sm_80 on; PTX ISA 9.0, sections 9.7.9 and 9.7.14.
+// and what else g++ cannot parse (but for the conversions of one number, numeric.h). tests/simt has a file of this name that stands in for it on the CPU. From sm_80 on; PTX ISA 9.0, sections 9.7.9 and 9.7.14.
 //
 // Fragments of a product d (16, 8) += a (16, k) b (k, 8), where lane = 4 g + t holds of 16-bit numbers, k = 16,
 //   a: rows g and g + 8, columns 2t, 2t + 1 and those + 8: registers (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8);
@@ -53,6 +53,18 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* 
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(shared_address(row))
                : "memory");
+}
+
+// Two numbers of 16 bits, rounded to nearest, in one register.
+template <class T>
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+  static_assert(std::is_same_v<T, bf16> || std::is_same_v<T, f16>, "of 16-bit numbers");
+  uint32_t both;
+  if constexpr (std::is_same_v<T, bf16>)
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  return both;
 }
 
 // d += a b, sums in fp32

@@ -1,7 +1,7 @@
 // What kernels whose warps take a row each have in common: the columns of a lane, dropout of them, a row that is looked at
 // more than once, its moments, sums over rows.
 #pragma once
-#include <mma_sm80.cuh>  // dynamic_shared
+#include <mma_sm80.cuh>  // dynamic_shared, pack
 #include <type_traits>
 #include <utility>
 
@@ -12,11 +12,73 @@ namespace fastft::cuda {
 
 constexpr int kRowsPerBlock = 4;  // warps, each of which takes a row
 constexpr int kThreadsOfRows = kWarp * kRowsPerBlock;
-template <class W>
-constexpr int kRowBlocks = sizeof(W) == 8 ? 1 : 4;  // of an SM, at least; fp64, for gradcheck, may have all registers
+template <class F>
+constexpr int kRowBlocks = sizeof(F) == 8 ? 1 : 4;  // of an SM, at least; fp64, for gradcheck, may have all registers
 
-// ---- columns: of each 256, a span, a lane has eight. They are vectors of n neighbours, beside which the next lane's lie:
-// 16 bytes of the largest type where rows allow it, else n = 1.
+// ---- what rows are stored as is told at run time: as types of the kernels it would make five of each, whose loops wait
+// for memory. F is what they compute in, float or double; the latter is stored as itself.
+
+enum Type : int { kFloat, kBf16, kF16 };
+template <class F>
+struct Any;  // in place of what F is made of; it has no size
+
+struct Types {
+  Type t, w;  // of activations and of parameters
+};
+template <class T>
+constexpr Type kType = std::is_same_v<T, bf16>  ? kBf16
+                       : std::is_same_v<T, f16> ? kF16
+                                                : kFloat;
+template <template <class, class> class Args, class T, class W>
+Types types_of(const Args<T, W>&) {
+  return {kType<T>, kType<W>};
+}
+template <template <class, class> class Args, class T, class W>
+Args<Any<Compute<W>>, Any<Compute<W>>> erased(const Args<T, W>& p) {
+  return bit_cast<Args<Any<Compute<W>>, Any<Compute<W>>>>(p);
+}
+
+// Elements side by side; A is Any<F> or constant.
+template <class A>
+struct Row;
+template <class F>
+struct Row<Any<F>> {
+  Any<F>* data;  // null: there are none
+  Type type;
+
+  __device__ unsigned char* at(int64_t j) const {
+    return reinterpret_cast<unsigned char*>(data) + j * (sizeof(F) == 8 ? 8 : type == kFloat ? 4 : 2);
+  }
+  __device__ Row from(int64_t j) const { return {data ? reinterpret_cast<Any<F>*>(at(j)) : nullptr, type}; }
+};
+template <class F>
+struct Row<const Any<F>> : Row<Any<F>> {
+  __device__ Row(const Any<F>* data, Type type) : Row<Any<F>>{const_cast<Any<F>*>(data), type} {}
+  __device__ Row from(int64_t j) const { return {Row<Any<F>>::from(j).data, this->type}; }
+};
+
+template <class A>
+__device__ Row<A> row_of(A* matrix, Type type, int64_t row, int64_t H) {
+  return Row<A>{matrix, type}.from(row * H);
+}
+// Of F itself.
+template <class F>
+__device__ Row<Any<F>> row_of(F* data) {
+  return {reinterpret_cast<Any<F>*>(data), kFloat};
+}
+
+template <class F>
+__device__ void put(const Row<Any<F>>& row, int64_t j, F value) {
+  unsigned char* const at = row.at(j);
+  if (sizeof(F) == 8 || row.type == kFloat)
+    *reinterpret_cast<F*>(at) = value;
+  else
+    *reinterpret_cast<uint16_t*>(at) =
+        row.type == kBf16 ? from_float<bf16>(float(value)).bits : from_float<f16>(float(value)).bits;
+}
+
+// ---- columns: of each 256, a span, a lane has eight. They are neighbours, n = 8, where rows begin at multiples of 16 bytes,
+// else those 32 apart, n = 1: the next lane's lie beside them.
 
 constexpr int kOfLane = 8, kSpan = kWarp * kOfLane;
 
@@ -30,66 +92,95 @@ struct OfLane {
   F v[kOfLane];
 };
 
-// As they lie in memory.
-template <class T, int n>
+// As they lie in memory: with n = 8 two numbers of 16 bits in a word.
+template <class F, int n>
 struct Stored {
-  Vector<T, n> parts[kOfLane / n];
+  Bits<F> words[kOfLane];
+  Type type;
 
-  template <class F>
-  __device__ OfLane<F> as() const {
-    OfLane<F> values;
+  __device__ OfLane<F> values() const {
+    OfLane<F> x;
+    if (sizeof(F) == 8 || type == kFloat) {
 #pragma unroll
-    for (int i = 0; i < kOfLane; ++i) values.v[i] = F(to_float(parts[i / n].v[i % n]));
-    return values;
+      for (int i = 0; i < kOfLane; ++i) x.v[i] = bit_cast<F>(words[i]);
+    } else if (type == kBf16) {
+#pragma unroll
+      for (int i = 0; i < kOfLane; ++i) x.v[i] = to_float(bf16{half(i)});
+    } else {
+#pragma unroll
+      for (int i = 0; i < kOfLane; ++i) x.v[i] = to_float(f16{half(i)});
+    }
+    return x;
   }
+
+ private:
+  __device__ uint16_t half(int i) const { return uint16_t(n == 1 ? words[i] : words[i / 2] >> i % 2 * 16); }
 };
 
 // How many columns of a span from `first` on a row of H has.
 __device__ inline int columns_left(int64_t first, int64_t H) { return H - first < kSpan ? int(H - first) : kSpan; }
 
+using Words = Vector<uint32_t, 4>;
+
 // Columns from `first` on of a row of H elements, a multiple of n; zeros behind its end, and without a row.
-template <int n, class T>
-__device__ Stored<T, n> load(const T* row, int64_t first, int64_t H) {
-  Stored<T, n> x = {};
-  const int left = row ? columns_left(first, H) : 0;
+template <int n, class F>
+__device__ Stored<F, n> load(const Row<const Any<F>>& row, int64_t first, int64_t H) {
+  Stored<F, n> x = {};
+  x.type = row.type;
+  const int left = row.data ? columns_left(first, H) : 0;
+  if constexpr (n == 1) {
 #pragma unroll
-  for (int i = 0; i < kOfLane; i += n) {
-    const int j = column_of_lane<n>(i);
-    if (j < left) x.parts[i / n] = *reinterpret_cast<const Vector<T, n>*>(row + first + j);
+    for (int i = 0; i < kOfLane; ++i) {
+      const int j = column_of_lane<n>(i);
+      if (j >= left) continue;
+      const unsigned char* const at = row.at(first + j);
+      if (sizeof(F) == 8 || row.type == kFloat)
+        x.words[i] = *reinterpret_cast<const Bits<F>*>(at);
+      else
+        x.words[i] = *reinterpret_cast<const uint16_t*>(at);
+    }
+  } else if (column_of_lane<n>(0) < left) {
+    const Words* const at = reinterpret_cast<const Words*>(row.at(first + column_of_lane<n>(0)));
+    const Words low = at[0];
+    Words high = {};
+    if (row.type == kFloat) high = at[1];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x.words[i] = low.v[i], x.words[i + 4] = high.v[i];
   }
   return x;
 }
 
-template <int n, class T, class F>
-__device__ void store(T* row, int64_t first, int64_t H, const OfLane<F>& values) {
+template <int n, class F>
+__device__ void store(const Row<Any<F>>& row, int64_t first, int64_t H, const OfLane<F>& values) {
   const int left = columns_left(first, H);
+  if constexpr (n == 1) {
 #pragma unroll
-  for (int i = 0; i < kOfLane; i += n) {
-    const int j = column_of_lane<n>(i);
-    if (j >= left) continue;
-    Vector<T, n> x;
+    for (int i = 0; i < kOfLane; ++i)
+      if (column_of_lane<n>(i) < left) put(row, first + column_of_lane<n>(i), values.v[i]);
+  } else if (column_of_lane<n>(0) < left) {
+    Words* const at = reinterpret_cast<Words*>(row.at(first + column_of_lane<n>(0)));
+    const auto& v = values.v;
+    if (row.type == kFloat) {
 #pragma unroll
-    for (int e = 0; e < n; ++e) x.v[e] = from_float<T>(values.v[i + e]);
-    *reinterpret_cast<Vector<T, n>*>(row + first + j) = x;
+      for (int i = 0; i < 2; ++i)
+        at[i] = {{bit_cast<uint32_t>(v[4 * i]), bit_cast<uint32_t>(v[4 * i + 1]), bit_cast<uint32_t>(v[4 * i + 2]),
+                  bit_cast<uint32_t>(v[4 * i + 3])}};
+    } else if (row.type == kBf16) {
+      *at = {{pack<bf16>(v[0], v[1]), pack<bf16>(v[2], v[3]), pack<bf16>(v[4], v[5]), pack<bf16>(v[6], v[7])}};
+    } else {
+      *at = {{pack<f16>(v[0], v[1]), pack<f16>(v[2], v[3]), pack<f16>(v[4], v[5]), pack<f16>(v[6], v[7])}};
+    }
   }
 }
 
-template <class T, class W>
-constexpr int kNeighbours = std::is_same_v<W, double> ? 1 : kWidth<T, W>;
-
-// body(n as a type) for rows of H elements; aligned: whether vectors may begin where the first row does.
-template <class T, class W, class Body>
+// body(n as a type) for rows of H elements; aligned: whether the first of all begin at multiples of 16 bytes.
+template <class F, class Body>
 void with_neighbours(int64_t H, bool aligned, const Body& body) {
-  constexpr int n = kNeighbours<T, W>;
+  constexpr int n = sizeof(F) == 8 ? 1 : kOfLane;
   if (n > 1 && aligned && H % n == 0)
     body(std::integral_constant<int, n>());
   else
     body(std::integral_constant<int, 1>());
-}
-
-template <class T>
-__device__ T* row_of(T* matrix, int64_t row, int64_t H) {
-  return matrix ? matrix + row * H : nullptr;
 }
 
 // ---- dropout (philox.h): a row's calls are made once, by all lanes, and their bits wait in shared memory
@@ -167,7 +258,7 @@ __device__ Kept<F> kept_of_row(const Args& p, int64_t row) {
 template <class Make>
 struct HeldRow {
   using Made = decltype(std::declval<Make>()(int64_t()));
-  using Part = Vector<uint32_t, 4>;  // lanes' lie side by side
+  using Part = Words;  // lanes' lie side by side
   static constexpr int kParts = sizeof(Made) / sizeof(Part);
   struct Parts {
     Part of[kParts];
@@ -295,8 +386,13 @@ __device__ void sum_rows(F* partial, int64_t M, int64_t H, const Add& add) {
     });
 }
 
-// dw and db, each of which may be null, from partial (chunks, 2, H): layer_norm.cu.
-template <class W>
-void add_partial_sums(W* dw, W* db, const Statistic<W>* partial, int64_t chunks, int64_t H, Stream stream);
+// dw and db of a type, each of which may be null, from partial (chunks, 2, H): layer_norm.cu.
+template <class F>
+void add_partial_sums(Any<F>* dw, Any<F>* db, Type type, const F* partial, int64_t chunks, int64_t H, Stream stream);
 
 }  // namespace fastft::cuda
+
+template <>
+struct fastft::StatisticOf<fastft::cuda::Any<double>> {
+  using type = double;
+};

@@ -71,11 +71,6 @@ __device__ void mma_pair(float (&left)[4], float (&right)[4], const uint32_t (&a
   mma_m16n8k16<T>(right, a, {b[2], b[3]});
 }
 
-template <class T>
-__device__ uint32_t pack(float low, float high) {
-  return uint32_t(from_float<T>(low).bits) | uint32_t(from_float<T>(high).bits) << 16;
-}
-
 // ---- eight neighbours at once, or the first `live` of them one by one
 
 template <class T>

@@ -107,6 +107,11 @@ namespace fastft::cuda {
 // The block's dynamic shared memory, launch()'s `shared` bytes; 16-byte aligned.
 __device__ inline unsigned char* dynamic_shared() { return simt::dynamic_shared(); }
 
+template <class T>
+__device__ uint32_t pack(float low, float high) {
+  return uint32_t(from_float<T>(low).bits) | uint32_t(from_float<T>(high).bits) << 16;
+}
+
 // What is read before it has arrived is NaN.
 __device__ inline void cp_async_16(void* shared, const void* global, bool live, FASTFT_SITE) {
   simt::check_shared_chunk(shared, {file, line});

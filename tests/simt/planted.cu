@@ -1,6 +1,7 @@
 // Kernels with one planted bug each, which test_simt_executor.py expects to be caught, and some with none.
 #include <cassert>
 #include <mma_sm80.cuh>
+#include <string>
 
 #include "device.cuh"
 #include "planted.h"
