@@ -122,6 +122,24 @@ __device__ inline int columns_left(int64_t first, int64_t H) { return H - first 
 
 using Words = Vector<uint32_t, 4>;
 
+// Elements of a lane with n = 1. Their type is looked at once, or each had an address of its own in registers.
+template <class E, class Word>
+__device__ void read_each(Word (&words)[kOfLane], const unsigned char* from, int left) {
+#pragma unroll
+  for (int i = 0; i < kOfLane; ++i) {
+    const int j = column_of_lane<1>(i);
+    if (j < left) words[i] = reinterpret_cast<const E*>(from)[j];
+  }
+}
+template <class E, class F>
+__device__ void write_each(unsigned char* to, const F (&values)[kOfLane], int left) {
+#pragma unroll
+  for (int i = 0; i < kOfLane; ++i) {
+    const int j = column_of_lane<1>(i);
+    if (j < left) reinterpret_cast<E*>(to)[j] = from_float<E>(Compute<E>(values[i]));
+  }
+}
+
 // Columns from `first` on of a row of H elements, a multiple of n; zeros behind its end, and without a row.
 template <int n, class F>
 __device__ Stored<F, n> load(const Row<const Any<F>>& row, int64_t first, int64_t H) {
@@ -129,16 +147,11 @@ __device__ Stored<F, n> load(const Row<const Any<F>>& row, int64_t first, int64_
   x.type = row.type;
   const int left = row.data ? columns_left(first, H) : 0;
   if constexpr (n == 1) {
-#pragma unroll
-    for (int i = 0; i < kOfLane; ++i) {
-      const int j = column_of_lane<n>(i);
-      if (j >= left) continue;
-      const unsigned char* const at = row.at(first + j);
-      if (sizeof(F) == 8 || row.type == kFloat)
-        x.words[i] = *reinterpret_cast<const Bits<F>*>(at);
-      else
-        x.words[i] = *reinterpret_cast<const uint16_t*>(at);
-    }
+    const unsigned char* const from = row.at(first);
+    if (sizeof(F) == 8 || row.type == kFloat)
+      read_each<Bits<F>>(x.words, from, left);
+    else
+      read_each<uint16_t>(x.words, from, left);
   } else if (column_of_lane<n>(0) < left) {
     const Words* const at = reinterpret_cast<const Words*>(row.at(first + column_of_lane<n>(0)));
     const Words low = at[0];
@@ -154,9 +167,13 @@ template <int n, class F>
 __device__ void store(const Row<Any<F>>& row, int64_t first, int64_t H, const OfLane<F>& values) {
   const int left = columns_left(first, H);
   if constexpr (n == 1) {
-#pragma unroll
-    for (int i = 0; i < kOfLane; ++i)
-      if (column_of_lane<n>(i) < left) put(row, first + column_of_lane<n>(i), values.v[i]);
+    unsigned char* const to = row.at(first);
+    if (sizeof(F) == 8 || row.type == kFloat)
+      write_each<F>(to, values.v, left);
+    else if (row.type == kBf16)
+      write_each<bf16>(to, values.v, left);
+    else
+      write_each<f16>(to, values.v, left);
   } else if (column_of_lane<n>(0) < left) {
     Words* const at = reinterpret_cast<Words*>(row.at(first + column_of_lane<n>(0)));
     const auto& v = values.v;
