@@ -39,6 +39,7 @@ using Four = Values<F, kMicro>;
 
 template <class T, class W>
 struct BiasActivation {
+  static constexpr int kBlocks = 3;
   LinearActForward<T, W> p;
 
   __device__ void operator()(int64_t i, int64_t j, Four<Compute<T>> z, int live) const {
@@ -58,6 +59,7 @@ struct BiasActivation {
 
 template <class Out>
 struct Store {
+  static constexpr int kBlocks = 3;
   Out* out;
   int64_t stride;
 
@@ -71,6 +73,7 @@ struct Store {
 
 template <class T, class W>
 struct GradInput {
+  static constexpr int kBlocks = 2;  // with three, sm_120 has too few registers for the activations
   LinearActBackward<T, W> p;
 
   __device__ void operator()(int64_t i, int64_t j, Four<Compute<T>> dx, int live) const {
@@ -162,9 +165,9 @@ __device__ void load_tile(F (&tile)[kDepth][kPitch], const Operand& x, int64_t r
   }
 }
 
-// epilogue(i, j, sum over d < depth of a(i, d) b(j, d)) for i < rows, j < cols.
+// epilogue(i, j, sum over d < depth of a(i, d) b(j, d)) for i < rows, j < cols; an SM is to hold the epilogue's kBlocks.
 template <class F, class A, class B, class Epilogue>
-__global__ void __launch_bounds__(kThreads, sizeof(F) == 8 ? 1 : 3)
+__global__ void __launch_bounds__(kThreads, sizeof(F) == 8 ? 1 : Epilogue::kBlocks)
     product_kernel(A a, B b, Epilogue epilogue, int64_t rows, int64_t cols, int64_t depth) {
   alignas(16) __shared__ F tile_a[kDepth][kPitch];
   alignas(16) __shared__ F tile_b[kDepth][kPitch];
