@@ -232,6 +232,7 @@ void product(int64_t M, int64_t N, int64_t K, Operand<TA> a, Operand<TB> b,
           Acc* const c_tile = c_panel + t * (kTileRows * kCols);
           const int live = int(rows - t * kTileRows < kTileRows ? rows - t * kTileRows : kTileRows);
           const char* fetch = next_b + t % kPanelLines<Tile> * (kDepth * 64);
+          // B's next block is on its way after kPanelLines tiles; the last of the others fetch A's next block.
           if (a.depth_major && t >= kPanelLines<Tile>) {
             const int64_t left = (panels - 1 - panel) * (tiles - kPanelLines<Tile>)+tiles - 1 - t;
             if (to < depth ? left < tiles : left < ceil_div(next_block.rows, kTileRows))

@@ -2,9 +2,10 @@
 //
 //   C (M, N)   A (M, K)   B (K, N);   Floor: 2 M N K FLOPs at the FMA peak.
 // B is packed once, by all threads, into panels [N / kTileCols][K][kTileCols], which every task then streams from L3 or memory, each block fetched into L2
-// while the tiles before it run (each panel is read once per task: under 2 GB/s per core). A task is a block of C; for each block of depth it
-// takes its rows of A from where they lie, or copies them into L2 (with a padded leading dimension, where rows 4096 bytes apart share one L1 set; as
-// panels, where A is transposed; as pairs, where units are not the elements as they are), then runs panel by panel, B's block of a panel staying in L1. C
+// while the tiles before it run (each panel is read once per task: under 2 GB/s per core). So is A where it is transposed, into tiles [M / kTileRows][K].
+// What is packed is written past the caches: a core has another's lines later than memory's. A task is a block of C; for each block of depth it takes its
+// rows of A from where they lie, or copies them into L2 (with a padded leading dimension, where rows 4096 bytes apart share one L1 set; as pairs, where
+// units are not the elements as they are), then runs panel by panel, B's block of a panel staying in L1. C
 // stays in L2 as a list of tiles, in the accumulator's type, and never has edges: edges are the epilogue's.
 // Depth is summed in blocks of kDepth, then block by block in order, whatever the partition: same bits for every number of threads, and an error
 // below a plain sequential sum's (3.5x PyTorch's over K = 3072). Where C has few rows, C^T is computed, which has the same bits.
@@ -24,7 +25,7 @@ template <class Acc>
 struct Epilogue {
   void (*run)(const void* context, const Acc* tile, int64_t row, int64_t col, int rows, int cols);
   const void* context;
-  Target writes[2];  // fetched into L1 while the tile is computed: stores that miss cost 2 to 7 % otherwise
+  Target writes[2];  // if not streamed: fetched into L1 while the tile is computed, as stores that miss cost 2 to 7 %
 };
 
 // T: the dtype of activations, which selects the tile; TA, TB: the operands' own.
