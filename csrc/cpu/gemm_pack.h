@@ -63,14 +63,6 @@ inline Vec<typename Tile::Unit> load_units(const T* in) {
 // ---- packing into panels [depth][kStride], `panel_size` units apart: units [from, to) of depth. What other cores read is written past the caches (the
 // caller ends with streamed()): fetching first what is overwritten takes twice the time, and taking it from another core's cache longer than from memory.
 
-template <class V, class T>
-inline void put_units(T* p, V v, bool past_caches) {
-  if (past_caches)
-    stream(p, v);
-  else
-    std::memcpy(p, &v, sizeof v);
-}
-
 // One unit of depth for a register of neighbours, or for the first n, from depth-major data: row p, or rows 2p and 2p + 1 interleaved.
 template <class Tile, class T, class... Some>
 inline Vec<typename Tile::Unit> interleave_units(const T* in, int64_t stride, bool has_next, Some... n) {
@@ -102,11 +94,11 @@ void pack_panels(typename Tile::Unit* out, int64_t panel_size, Operand<T> b, int
         const T* in = b.data + begin * P * b.stride + col;
         for (int64_t p = begin; p < end; ++p, o += kStride, in += P * b.stride) {
           const bool has_next = P * p + 1 < K;
-          put_units(o,
-                    left >= L  ? interleave_units<Tile>(in, b.stride, has_next)
-                    : left > 0 ? interleave_units<Tile>(in, b.stride, has_next, int(left))
-                               : Vec<typename Tile::Unit>{},
-                    past_caches);
+          put_register(o,
+                       left >= L  ? interleave_units<Tile>(in, b.stride, has_next)
+                       : left > 0 ? interleave_units<Tile>(in, b.stride, has_next, int(left))
+                                  : Vec<typename Tile::Unit>{},
+                       past_caches);
         }
       }
   }
@@ -175,7 +167,7 @@ void pack_transposed(typename Tile::Unit* out, Operand<T> b, int64_t K, int64_t 
       const int64_t units = to - p < L ? to - p : L;
       const int64_t left = K - p * P, elements = left < units * P ? left : units * P;
       Unit* const o = out + p * N + j0;
-      const auto put = [&](int q, Vec<Unit> row) { put_units(o + q * N, row, past_caches); };
+      const auto put = [&](int q, Vec<Unit> row) { put_register(o + q * N, row, past_caches); };
       if (live == L && elements == L * P) {
         transpose_square<Tile>([&](int j) { return load_units<Tile>(in + j * b.stride + p * P); }, put);
         continue;

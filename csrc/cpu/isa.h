@@ -260,30 +260,27 @@ inline void streamed() {
 // than from memory (products of 64 rows gain 1 to 20 %).
 constexpr int64_t kStreamBytes = 256 << 10;
 
-// Registers that lie side by side, to p; with `past_caches` p is aligned.
-template <int kCount>
-inline void put(float* p, const Vec<float> (&v)[kCount], bool past_caches) {
-#pragma GCC unroll 4
-  for (int i = 0; i < kCount; ++i)
-    past_caches ? stream(p + i * kLanes<float>, v[i]) : store(p + i * kLanes<float>, v[i]);
+// A register, to p; with `past_caches` p is aligned.
+template <class T, class V>
+inline void put_register(T* p, V v, bool past_caches) {
+  if (past_caches)
+    stream(p, v);
+  else
+    std::memcpy(p, &v, sizeof v);
 }
-template <int kCount>
-inline void put(double* p, const Vec<double> (&v)[kCount], bool past_caches) {
+
+// Registers that lie side by side.
+template <class F, class V, int kCount>
+inline void put(F* p, const V (&v)[kCount], bool past_caches) {
+  static_assert(sizeof(V) == kLanes<F> * sizeof(F));
 #pragma GCC unroll 4
-  for (int i = 0; i < kCount; ++i)
-    past_caches ? stream(p + i * kLanes<double>, v[i]) : store(p + i * kLanes<double>, v[i]);
+  for (int i = 0; i < kCount; ++i) put_register(p + i * kLanes<F>, v[i], past_caches);
 }
 template <int kCount>
 inline void put(bf16* p, const Vec<float> (&v)[kCount], bool past_caches) {
   static_assert(kCount % 2 == 0);
 #pragma GCC unroll 4
-  for (int i = 0; i < kCount; i += 2) {
-    const Vec<uint16_t> both = to_bf16(v[i], v[i + 1]);
-    if (past_caches)
-      stream(p + i * kLanes<float>, both);
-    else
-      std::memcpy(p + i * kLanes<float>, &both, sizeof both);
-  }
+  for (int i = 0; i < kCount; i += 2) put_register(p + i * kLanes<float>, to_bf16(v[i], v[i + 1]), past_caches);
 }
 
 // Calls body(j, load/store pair) over n elements: whole registers, then one partial register.

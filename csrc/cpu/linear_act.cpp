@@ -21,6 +21,12 @@ bool streams(const T* data, int64_t rows, int64_t cols) {
   return data && rows * row_bytes >= kStreamBytes && (int64_t(uintptr_t(data)) | row_bytes) % kVectorBytes == 0;
 }
 
+// Rows that an epilogue writes, to be fetched first unless they are streamed.
+template <class T>
+Target target(T* data, int64_t cols, bool past_caches) {
+  return {past_caches ? nullptr : data, cols * int64_t(sizeof(T)), int(sizeof(T))};
+}
+
 template <class T, int kActivation>
 struct ForwardEpilogue {
   using Acc = Compute<T>;
@@ -156,15 +162,11 @@ void linear_act_forward(const LinearActForward<T, W>& p, const Host& host) {
   Acc* const bias = scratch<Acc>(host, padded);
   for (int64_t j = 0; j < padded; ++j) bias[j] = p.b && j < p.N ? to_float(p.b[j]) : Acc(0);
   dispatch_activation(p.activation, [&](auto activation) {
-    constexpr int size = sizeof(T);
     const bool past_caches = streams(p.y, p.M, p.N) && (!p.z || streams(p.z, p.M, p.N));
     const ForwardEpilogue<T, activation.value> epilogue{p.y, p.z, bias, p.N, past_caches};
     with_input<T, W>(p, [&](const auto* x) {
       gemm<T>(p.M, p.N, p.K, operand(x, p.K, false), Operand<W>{p.w, p.K, false},
-              {&epilogue.run,
-               &epilogue,
-               {{past_caches ? nullptr : p.y, p.N * size, size}, {past_caches ? nullptr : p.z, p.N * size, size}}},
-              host);
+              {&epilogue.run, &epilogue, {target(p.y, p.N, past_caches), target(p.z, p.N, past_caches)}}, host);
     });
   });
 }
@@ -185,10 +187,7 @@ void linear_act_backward(const LinearActBackward<T, W>& p, const Host& host) {
     using Out = std::remove_pointer_t<decltype(dx)>;
     const StoreEpilogue<T, Out> epilogue{dx, add, p.K, streams(dx, p.M, p.K)};
     gemm<T>(p.M, p.K, p.N, Operand<T>{dz, p.N, false}, Operand<W>{p.w, p.K, true},
-            {&epilogue.run,
-             &epilogue,
-             {{epilogue.past_caches ? nullptr : dx, p.K * int64_t(sizeof(Out)), sizeof(Out)}, {}}},
-            host);
+            {&epilogue.run, &epilogue, {target(dx, p.K, epilogue.past_caches), {}}}, host);
   };
   if (p.dx) grad_input(p.dx, p.add);
   if constexpr (kTakesFloat<T, W>)
@@ -197,10 +196,7 @@ void linear_act_backward(const LinearActBackward<T, W>& p, const Host& host) {
     const StoreEpilogue<T, W> epilogue{p.dw, nullptr, p.K, streams(p.dw, p.N, p.K)};
     with_input<T, W>(p, [&](const auto* x) {
       gemm<T>(p.N, p.K, p.M, Operand<T>{dz, p.N, true}, operand(x, p.K, true),
-              {&epilogue.run,
-               &epilogue,
-               {{epilogue.past_caches ? nullptr : p.dw, p.K * int64_t(sizeof(W)), sizeof(W)}, {}}},
-              host);
+              {&epilogue.run, &epilogue, {target(p.dw, p.K, epilogue.past_caches), {}}}, host);
     });
   }
 }

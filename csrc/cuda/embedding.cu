@@ -204,21 +204,15 @@ __global__ void __launch_bounds__(kSumWarps* kWarp, 2)
 
 template <class F>
 void forward(const EmbeddingForward<Any<F>, Any<F>>& p, Types types, Stream stream) {
-  with_neighbours<F>(p.H, aligned(p.y, p.word, p.position, p.type, p.w, p.b), [&](auto n) {
-    launch(&embedding_forward_kernel<F, n.value>, grid_of(ceil_div(p.M, kRowsPerBlock)), dim3(kWarp, kRowsPerBlock),
-           shared_for<OfLane<F>>(p), stream, p, types);
-  });
+  with_neighbours<F>(p.H, aligned(p.y, p.word, p.position, p.type, p.w, p.b),
+                     [&](auto n) { launch_rows<OfLane<F>>(&embedding_forward_kernel<F, n.value>, p, types, stream); });
 }
 
 template <class F>
 void backward(const EmbeddingBackward<Any<F>, Any<F>>& p, Types types, Stream stream) {
   with_neighbours<F>(p.H, aligned(p.dh, p.dy, p.word, p.position, p.type, p.w), [&](auto n) {
-    if (p.dh)
-      launch(&embedding_backward_kernel<F, n.value>, grid_of(ceil_div(p.M, kRowsPerBlock)), dim3(kWarp, kRowsPerBlock),
-             shared_for<NormalAndGradient<F>>(p), stream, p, types);
-    if (p.dw || p.db)
-      launch(&embedding_partial_kernel<F, n.value>, grid_of(sum_blocks(p.M, p.H)), dim3(kWarp, kSumWarps), 0, stream, p,
-             types);
+    if (p.dh) launch_rows<NormalAndGradient<F>>(&embedding_backward_kernel<F, n.value>, p, types, stream);
+    if (p.dw || p.db) launch_sums(&embedding_partial_kernel<F, n.value>, p, types, stream);
   });
   if (p.dw || p.db) add_partial_sums(p.dw, p.db, types.w, p.partial, ceil_div(p.M, kSumRows), p.H, stream);
 }

@@ -120,25 +120,19 @@ __global__ void layer_norm_sum_kernel(Any<F>* dw, Any<F>* db, Type type, const F
 
 template <class F>
 void forward(const LayerNormForward<Any<F>, Any<F>>& p, Types types, Stream stream) {
-  with_neighbours<F>(p.H, aligned(p.y, p.h, p.x, p.residual, p.w, p.b), [&](auto n) {
-    launch(&layer_norm_forward_kernel<F, n.value>, grid_of(ceil_div(p.M, kRowsPerBlock)), dim3(kWarp, kRowsPerBlock),
-           shared_for<OfLane<F>>(p), stream, p, types);
-  });
+  with_neighbours<F>(p.H, aligned(p.y, p.h, p.x, p.residual, p.w, p.b),
+                     [&](auto n) { launch_rows<OfLane<F>>(&layer_norm_forward_kernel<F, n.value>, p, types, stream); });
 }
 
 template <class F>
 void backward(const LayerNormBackward<Any<F>, Any<F>>& p, Types types, Stream stream) {
-  const dim3 block(kWarp, kRowsPerBlock);
   if (p.dx || p.dresidual)
     with_neighbours<F>(p.H, aligned(p.dx, p.dresidual, p.dy, p.h, p.w), [&](auto n) {
-      launch(&layer_norm_backward_kernel<F, n.value>, grid_of(ceil_div(p.M, kRowsPerBlock)), block,
-             shared_for<NormalAndGradient<F>>(p), stream, p, types);
+      launch_rows<NormalAndGradient<F>>(&layer_norm_backward_kernel<F, n.value>, p, types, stream);
     });
   if (!p.dw && !p.db) return;
-  with_neighbours<F>(p.H, aligned(p.dy, p.h), [&](auto n) {
-    launch(&layer_norm_partial_kernel<F, n.value>, grid_of(sum_blocks(p.M, p.H)), dim3(kWarp, kSumWarps), 0, stream, p,
-           types);
-  });
+  with_neighbours<F>(p.H, aligned(p.dy, p.h),
+                     [&](auto n) { launch_sums(&layer_norm_partial_kernel<F, n.value>, p, types, stream); });
   add_partial_sums(p.dw, p.db, types.w, p.partial, ceil_div(p.M, kSumRows), p.H, stream);
 }
 

@@ -403,6 +403,18 @@ __device__ void sum_rows(F* partial, int64_t M, int64_t H, const Add& add) {
     });
 }
 
+// ---- launches of kernels of (p, types): a row to a warp, which holds `Made` of it, or sums over rows
+
+template <class Made, class Args>
+void launch_rows(void (*kernel)(Args, Types), const Args& p, Types types, Stream stream) {
+  launch(kernel, grid_of(ceil_div(p.M, kRowsPerBlock)), dim3(kWarp, kRowsPerBlock), shared_for<Made>(p), stream, p,
+         types);
+}
+template <class Args>
+void launch_sums(void (*kernel)(Args, Types), const Args& p, Types types, Stream stream) {
+  launch(kernel, grid_of(sum_blocks(p.M, p.H)), dim3(kWarp, kSumWarps), 0, stream, p, types);
+}
+
 // dw and db of a type, each of which may be null, from partial (chunks, 2, H): layer_norm.cu.
 template <class F>
 void add_partial_sums(Any<F>* dw, Any<F>* db, Type type, const F* partial, int64_t chunks, int64_t H, Stream stream);
