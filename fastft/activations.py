@@ -67,4 +67,7 @@ def index(name: str) -> int:
 
 def torch_function(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
     """PyTorch's function of an activation, tensor in, tensor out; raises as :func:`resolve`."""
-    return _TABLE[resolve(name)]
+    try:
+        return _TABLE[name]
+    except (KeyError, TypeError):
+        return _TABLE[resolve(name)]

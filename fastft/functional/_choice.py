@@ -60,23 +60,23 @@ def runs(op, why_not, slower=False):
 _used = None  # Facts of use_facts, in force whatever the file says
 
 
-def slower(op, device, dtype, train, sizes, shipped):
+def slower(facts, op, dtype, train, sizes, shipped):
     """Whether PyTorch's kernel is the faster one: as was measured on this machine, else as ``shipped`` says.
 
     Args:
+        facts: :func:`table` of the device.
         op: name of the public function.
-        device: "cpu", "cuda", …
         dtype: that is computed in.
         train: whether a backward follows.
         sizes: of the op, rows first.
         shipped: what the op's own rule says.
     """
-    cell = measured(op, device, dtype, train, sizes)
+    cell = facts.get(_tuning.key(op, dtype, train, *sizes))
     return shipped if cell is None else cell.runs == "torch"
 
 
 def measured(op, device, dtype, train, sizes):
-    """The :class:`fastft.functional._tuning.Cell` that decides a call, described as for :func:`slower`; None: none."""
+    """The :class:`fastft.functional._tuning.Cell` that decides such a call on ``device``, "cpu" or "cuda"; None: none."""
     return table(device).get(_tuning.key(op, dtype, train, *sizes))
 
 

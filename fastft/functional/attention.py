@@ -226,10 +226,10 @@ def _slower(query, key, value, cast, max_seqlen):
         return False
     rows, keys, D = sizes(query, key, max_seqlen)
     shipped = shipped_rule(device, rows, keys, D)
-    if not _choice.table(device):
+    if not (facts := _choice.table(device)):
         return shipped
     train = _autograd.needs_grad(query, key, value)
-    return _choice.slower("attention", device, cast or query.dtype, train, (rows, keys, D), shipped)
+    return _choice.slower(facts, "attention", cast or query.dtype, train, (rows, keys, D), shipped)
 
 
 def sizes(query, key, max_seqlen=None):

@@ -29,16 +29,21 @@ def linear_act(input, weight, bias=None, activation="gelu"):
         >>> linear_act(torch.ones(2, 3), torch.eye(3)).shape
         torch.Size([2, 3])
     """
+    slower = _slower_at_a_glance(input, weight, bias)
+    if slower:
+        try:
+            return activations.torch_function(activation)(torch.nn.functional.linear(input, weight, bias))
+        except RuntimeError:
+            _check(input, weight, bias)
+            raise
     name = activations.resolve(activation)
-    sizes = _plain_sizes(input, weight, bias) if _choice.backend() == "auto" else None
-    if sizes and _slower(input, weight, bias, *sizes):
-        return reference(input, weight, bias, name)
-    if sizes and _autograd.autocast_dtype(input) is None and _choice.plain(input, weight, bias):
-        cast, why_not, slower = None, _choice.unavailable(), False
+    if _is_plain(input, weight, bias):
+        cast, why_not = None, _choice.unavailable()
     else:
         cast = _check(input, weight, bias)
         why_not = _choice.unsupported(input if cast is None else input.new_empty(0, dtype=cast), weight, bias)
-        slower = sizes is None and _slower(input, weight, bias, _count_rows(input), *reversed(weight.shape))
+    if slower is None and why_not is None:
+        slower = _slower(input, weight, bias, cast)
     if not _choice.runs("linear_act", why_not, slower):
         return reference(input, weight, bias, name)
     dtype = cast or input.dtype
@@ -93,39 +98,59 @@ def rounds_input(input, cast):
     return input.is_cpu and input.dtype == torch.float32 and cast == torch.bfloat16
 
 
-def _plain_sizes(input, weight, bias):
-    """M, K and N of a usual call on the CPU, in which there is nothing to complain of; None if it needs a closer look.
+def _slower_at_a_glance(input, weight, bias):
+    """Whether PyTorch's kernel is the faster one, and itself makes the checks that a call on the CPU still needs then;
+    None where it takes a closer look.
 
-    A call that PyTorch's kernel is faster for may take 3 us altogether, of which this is to be the smaller part.
+    What happens before PyTorch's op may take 3 us of a product of 100 us, and is in no cache by then: hence so little.
     """
     try:
+        on_cpu = input.is_cpu and weight.is_cpu
+        if not on_cpu or _choice.backend() != "auto" or not input.is_floating_point():
+            return None
         N, K = weight.shape
-        dtype = input.dtype
-        plain = dtype.is_floating_point and weight.dtype is dtype and input.is_cpu and weight.is_cpu
-        if not (plain and input.shape[-1] == K and K):
+        if bias is not None and bias.shape != (N,):
             return None
-        if bias is not None and not (bias.dtype is dtype and bias.is_cpu and bias.shape == (N,)):
-            return None
-        return input.numel() // K, K, N
-    except (AttributeError, IndexError, ValueError):  # no tensors, or of other numbers of dimensions
+        elements = input.numel()
+    except (AttributeError, ValueError):  # no tensors, or of other numbers of dimensions
         return None
-
-
-def _slower(input, weight, bias, M, K, N):
-    device = "cpu" if input.is_cpu else input.device.type
-    shipped = shipped_rule(device, M, K, N)
+    few = N < FEW or K < FEW or elements < FEW * K
     # A product that takes 10 us at most is over before it has been found out what was measured of it.
-    if (shipped and M * K * N < 1 << 20) or not _choice.table(device):
+    return few if few and elements * N < 1 << 20 or not _choice.table("cpu") else None
+
+
+def _is_plain(input, weight, bias):
+    """Whether this is a usual call on the CPU, in which there is nothing to complain of: a third of :func:`_check`."""
+    if not _choice.plain(input, weight, bias) or torch.is_autocast_enabled("cpu"):
+        return False
+    dtype, shape = input.dtype, weight.shape
+    return (
+        weight.dtype is dtype
+        and len(shape) == 2
+        and input.ndim > 0
+        and input.shape[-1] == shape[1]
+        and (bias is None or (bias.dtype is dtype and bias.shape == shape[:1]))
+    )
+
+
+def _slower(input, weight, bias, cast):
+    device = "cpu" if input.is_cpu else input.device.type
+    (N, K), elements = weight.shape, input.numel()
+    M = elements // K if elements else 0
+    shipped = shipped_rule(device, M, K, N)
+    if not (facts := _choice.table(device)):
         return shipped
-    dtype = _autograd.autocast_dtype(input) or input.dtype
     train = _autograd.needs_grad(input, weight, bias)
-    return _choice.slower("linear_act", device, dtype, train, (M, K, N), shipped)
+    return _choice.slower(facts, "linear_act", cast or input.dtype, train, (M, K, N), shipped)
+
+
+FEW = 64  # rows, inputs or outputs
 
 
 def shipped_rule(device, M, K, N):
     """Whether PyTorch's is faster on most machines: with few rows or few outputs packing the weight costs more than the
     product, and on CUDA ours has not been measured yet."""
-    return device == "cuda" or M < 64 or N < 64 or K < 64
+    return device == "cuda" or M < FEW or N < FEW or K < FEW
 
 
 def _count_rows(tensor):
@@ -187,7 +212,9 @@ def backward(activation, preact, wanted, grad_output, input, weight, bias, add=N
         *_for_cuda(wanted, grads, preact, weight),
         *(() if through is None else (through[1], through[2], through[0])),
     )
-    return None if grad_input is None else grad_input.view(input.shape), grad_weight, grad_bias
+    if grad_input is not None and rows.ndim != input.ndim:
+        grad_input = grad_input.view(input.shape)
+    return grad_input, grad_weight, grad_bias
 
 
 def goes_through_activation(grads, weight):
@@ -202,7 +229,8 @@ def _multiplied_by_torch(rows, dtype, train, N, K=None):
     """Whether the product is PyTorch's: on GPUs, unless ours was measured to be faster there."""
     if not rows.is_cuda or _choice.backend() == "fastft":
         return False
-    return _choice.slower("linear_act", "cuda", dtype, train, (len(rows), K or rows.shape[1], N), True)
+    facts = _choice.table("cuda")
+    return _choice.slower(facts, "linear_act", dtype, train, (len(rows), K or rows.shape[1], N), True)
 
 
 def _forward_around_torch(rows, weight, bias, activation, dtype):
