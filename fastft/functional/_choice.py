@@ -76,13 +76,13 @@ def slower(facts, op, dtype, train, sizes, shipped):
 
 
 def measured(op, device, dtype, train, sizes):
-    """The :class:`fastft.functional._tuning.Cell` that decides such a call on ``device``, "cpu" or "cuda"; None: none."""
+    """The :class:`fastft.functional._tuning.Cell` that decides such a call on a device, "cpu" or "cuda"; None: none."""
     return table(device).get(_tuning.key(op, dtype, train, *sizes))
 
 
 def table(device):
     """The facts that count now by their key; none under ``torch.compile``, where each size would compile anew."""
-    if torch.compiler.is_compiling():
+    if (_used is None and not _tuning.known()) or torch.compiler.is_compiling():
         return {}
     found = _tuning.load(device, torch.get_num_threads()) if _used is None else _used
     return {} if found.table and _used is None and _tuning.in_group() else found.table

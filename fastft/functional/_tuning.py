@@ -162,6 +162,12 @@ def load(device, threads):
 
 
 @functools.cache
+def known():
+    """Whether the file holds anything, of whatever machine: asked first, as it costs a tenth of :func:`load`."""
+    return enabled() and bool(_read()[0] or _read()[1])
+
+
+@functools.cache
 def _read():
     """What the file holds for each machine, and what is wrong with it, if anything."""
     try:
@@ -222,7 +228,7 @@ def writable():
 
 def forget():
     """Reads the file again when next asked: it, the instruction set or the environment may have changed."""
-    for cached in (load, _read, _warn):
+    for cached in (load, known, _read, _warn):
         cached.cache_clear()
 
 

@@ -105,18 +105,16 @@ def _slower_at_a_glance(input, weight, bias):
     What happens before PyTorch's op may take 3 us of a product of 100 us, and is in no cache by then: hence so little.
     """
     try:
-        on_cpu = input.is_cpu and weight.is_cpu
-        if not on_cpu or _choice.backend() != "auto" or not input.is_floating_point():
-            return None
         N, K = weight.shape
-        if bias is not None and bias.shape != (N,):
-            return None
         elements = input.numel()
+        few = N < FEW or K < FEW or elements < FEW * K
+        usual = input.is_cpu and weight.is_cpu and _choice.backend() == "auto" and input.is_floating_point()
+        if not usual or (bias is not None and bias.shape != (N,)):
+            return None
     except (AttributeError, ValueError):  # no tensors, or of other numbers of dimensions
         return None
-    few = N < FEW or K < FEW or elements < FEW * K
-    # A product that takes 10 us at most is over before it has been found out what was measured of it.
-    return few if few and elements * N < 1 << 20 or not _choice.table("cpu") else None
+    # What takes 40 us at most is over before it has been found out what was measured of it.
+    return few if (few and elements * N < 1 << 22) or not _choice.table("cpu") else None
 
 
 def _is_plain(input, weight, bias):
