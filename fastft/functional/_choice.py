@@ -82,7 +82,7 @@ def measured(op, device, dtype, train, sizes):
 
 def table(device):
     """The facts that count now by their key; none under ``torch.compile``, where each size would compile anew."""
-    if (_used is None and not _tuning.known()) or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or (_used is None and not _tuning.known()):
         return {}
     found = _tuning.load(device, torch.get_num_threads()) if _used is None else _used
     return {} if found.table and _used is None and _tuning.in_group() else found.table
