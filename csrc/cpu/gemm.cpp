@@ -221,7 +221,8 @@ void product(int64_t M, int64_t N, int64_t K, Operand<TA> a, Operand<TB> b,
                               same ? to + kDepth : kDepth, panel, panels);
         }
         const bool finished = to == depth && !transposed;
-        Acc* const c_panel = c + panel * tiles * (kTileRows * kCols);
+        const bool kept = from > 0 || !finished;  // a tile that is done at once needs no place of its own, and stays in L1
+        Acc* const c_panel = kept ? c + panel * tiles * (kTileRows * kCols) : c;
         // The block of B that comes next, of which each step of a tile fetches a line.
         const char* const next_b =
             reinterpret_cast<const char*>(panel + 1 < panels ? b_block + panel_size
@@ -229,7 +230,7 @@ void product(int64_t M, int64_t N, int64_t K, Operand<TA> a, Operand<TB> b,
                                                              : packed + next_block.panel * panel_size);
         for (int64_t t = 0; t < tiles; ++t) {
           const int64_t row = row0 + t * kTileRows;
-          Acc* const c_tile = c_panel + t * (kTileRows * kCols);
+          Acc* const c_tile = kept ? c_panel + t * (kTileRows * kCols) : c;
           const int live = int(rows - t * kTileRows < kTileRows ? rows - t * kTileRows : kTileRows);
           const char* fetch = next_b + t % kPanelLines<Tile> * (kDepth * 64);
           // B's next block is on its way after kPanelLines tiles; the last of the others fetch A's next block.
