@@ -75,17 +75,21 @@ struct RowsInPlace {
   }
 };
 
-// One line of `fetch` is asked for in each step.
+struct Fetch {  // of which a line is asked for in each step
+  const char* line;
+  int64_t stride;  // bytes
+};
+
 template <class Tile, int kRows, int kOutStride = kTileCols<Tile>, class Rows>
 void tile(typename Tile::Acc* __restrict c, Rows a, const typename Tile::Unit* __restrict b, int64_t depth, bool add,
-          const char* fetch) {
+          Fetch fetch) {
   using Unit = typename Tile::Unit;
   using Acc = typename Tile::Acc;
   constexpr int L = kLanes<Acc>, N = kTileCols<Tile>;
   Vec<Acc> sum[kRows][kTileVecs] = {};
   for (int64_t p = 0; p < depth; ++p, a.step()) {
     Vec<Unit> panel[kTileVecs];
-    __builtin_prefetch(fetch + p * 64, 0, 2);  // into L2: L1 is full
+    __builtin_prefetch(fetch.line + p * fetch.stride, 0, 2);  // into L2: L1 is full
 #pragma GCC unroll 2
     for (int v = 0; v < kTileVecs; ++v) std::memcpy(&panel[v], b + p * N + v * L, sizeof panel[v]);
 #pragma GCC unroll 14
@@ -107,9 +111,9 @@ void tile(typename Tile::Acc* __restrict c, Rows a, const typename Tile::Unit* _
 // The tile for 1 <= rows <= kTileRows: the smallest of a few sizes that holds them.
 template <class Tile, int kRowStride, int kDepthStride, int kOutStride = kTileCols<Tile>>
 void tile_of_rows(int rows, typename Tile::Acc* c, const typename Tile::Unit* copied, const typename Tile::Unit* b,
-                  int64_t depth, bool add, const char* fetch = nullptr) {
+                  int64_t depth, bool add, Fetch fetch = {nullptr, 0}) {
   const CopiedRows<typename Tile::Unit, kRowStride, kDepthStride> a{copied};
-  if (!fetch) fetch = reinterpret_cast<const char*>(b);  // lines that are there
+  if (!fetch.line) fetch = {reinterpret_cast<const char*>(b), 0};  // a line that is there
   if (rows > kTileRows * 4 / 7) return tile<Tile, kTileRows, kOutStride>(c, a, b, depth, add, fetch);
   if constexpr (kTileRows > 8)
     if (rows > 4) return tile<Tile, 8, kOutStride>(c, a, b, depth, add, fetch);

@@ -374,7 +374,7 @@ inline T* scratch(const Host& host, int64_t elements) {
   return static_cast<T*>(host.scratch(host.scratch_owner, size_t(elements) * sizeof(T)));
 }
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Declarations of every kernel in this instruction set's namespace, and the line that instantiates one at the end of its file.
 #define FASTFT_DECLARE(name, Args) \
