@@ -160,31 +160,31 @@ void pack_transposed(typename Tile::Unit* out, Operand<T> b, int64_t K, int64_t 
                      bool past_caches) {
   using Unit = typename Tile::Unit;
   constexpr int N = kTileCols<Tile>, P = Tile::kPair, L = kLanes<Unit>;
-  for (int j0 = 0; j0 < N; j0 += L) {
+  constexpr int kLine = N * int(sizeof(Unit)) < 64 ? N : 64 / int(sizeof(Unit));  // of units: written at a time
+  const auto square = [&](int64_t p, int j0) {
+    const int64_t units = to - p < L ? to - p : L;
+    const int64_t left = K - p * P, elements = left < units * P ? left : units * P;
     const int live = cols - j0 < 0 ? 0 : cols - j0 < L ? cols - j0 : L;
-    const T* const in = b.data + (col + j0) * b.stride;
-    for (int64_t p = from; p < to; p += L) {
-      const int64_t units = to - p < L ? to - p : L;
-      const int64_t left = K - p * P, elements = left < units * P ? left : units * P;
-      Unit* const o = out + p * N + j0;
-      const auto put = [&](int q, Vec<Unit> row) { put_register(o + q * N, row, past_caches); };
-      if (live == L && elements == L * P) {
-        transpose_square<Tile>([&](int j) { return load_units<Tile>(in + j * b.stride + p * P); }, put);
-        continue;
-      }
-      Unit square[L * L] = {};
-      for (int j = 0; j < live; ++j) copy_units<Tile>(square + j * L, in + j * b.stride + p * P, elements);
-      transpose_square<Tile>(
-          [&](int j) {
-            Vec<Unit> row;
-            std::memcpy(&row, square + j * L, sizeof row);
-            return row;
-          },
-          [&](int q, Vec<Unit> row) {
-            if (q < units) put(q, row);
-          });
-    }
-  }
+    const T* const in = b.data + (col + j0) * b.stride + p * P;
+    Unit* const o = out + p * N + j0;
+    const auto put = [&](int q, Vec<Unit> row) { put_register(o + q * N, row, past_caches); };
+    if (live == L && elements == L * P)
+      return transpose_square<Tile>([&](int j) { return load_units<Tile>(in + j * b.stride); }, put);
+    Unit padded[L * L] = {};
+    for (int j = 0; j < live; ++j) copy_units<Tile>(padded + j * L, in + j * b.stride, elements);
+    transpose_square<Tile>(
+        [&](int j) {
+          Vec<Unit> row;
+          std::memcpy(&row, padded + j * L, sizeof row);
+          return row;
+        },
+        [&](int q, Vec<Unit> row) {
+          if (q < units) put(q, row);
+        });
+  };
+  for (int line = 0; line < N; line += kLine)
+    for (int64_t p = from; p < to; p += L)
+      for (int j0 = line; j0 < line + kLine; j0 += L) square(p, j0);
 }
 
 }  // namespace FASTFT_NAMESPACE
