@@ -1,17 +1,49 @@
-// Phi(z) and GELU'(z) = Phi(z) + z phi(z) in 20 instructions where a register holds 16 floats: with AVX-512, polynomials looked up by lane.
-// An exponential and a quotient (numeric.h) take 43, which is 4 % of a bf16 feed-forward layer's product.
+// Phi(z) and GELU'(z) = Phi(z) + z phi(z) in 20 to 25 instructions: polynomials looked up by lane, of which AVX-512 has 16 in a register, AVX2 8.
+// An exponential and a quotient (numeric.h) take 43 (75 with AVX2), which is 4 % (8 %) of a feed-forward layer's product.
 //
-// For a = |z|, both are T(a) left of zero and 1 - T(a) right of it. T is a polynomial of degree 6 in d = 2 a - n, |d| <= 1/2, one for each whole n < 16:
-// least squares in double on 400 Chebyshev nodes, relative to T for Phi. n and d are exact. From a = 7.5 on T is 0 (Phi(-7.5) is 3e-14).
-// Errors before rounding: 6.4e-9 of Phi, and below 1.2e-4 of itself in the left tail; 1.3e-8 of GELU' (half an ulp of either is 3e-8).
+// For a = |z|, both are T(a) left of zero and 1 - T(a) right of it. T is a polynomial in d = a / step - n, |d| <= 1/2, one for each whole n: of degree 6
+// for 16 steps of 1/2, of degree 8 for 8 of 1; least squares in double on 400 Chebyshev nodes, relative to T for Phi. n and d are exact. From a = 7.5
+// (8 lanes: 7) on T is 0 (Phi(-7.5) is 3e-14, Phi(-7) 1e-12).
+// Errors before rounding: 6.4e-9 of Phi, and below 1.2e-4 of itself in the left tail (8 lanes: from a = 6.5 on 4e-12); 1.5e-8 of GELU' (half an ulp of
+// either is 3e-8).
 #pragma once
 #include "activation.h"
 #include "isa.h"
 
-#if defined(FASTFT_ISA_AVX512) || defined(FASTFT_ISA_AVX512_BF16)
+#if defined(FASTFT_ISA_AVX2) || defined(FASTFT_ISA_AVX512) || defined(FASTFT_ISA_AVX512_BF16)
 namespace FASTFT_NAMESPACE {
 
-// Coefficients of d^0 to d^6 for n = 0 to 15
+// Coefficients of d^0, d^1, ... for n = 0, 1, ...
+#if defined(FASTFT_ISA_AVX2)
+alignas(32) constexpr float kNormalTail[9][8] = {
+    {5e-1f, 1.5865526e-1f, 2.2750132e-2f, 1.349898e-3f, 3.1671247e-5f, 2.8665033e-7f, 9.86576e-10f, 0.f},
+    {-3.989423e-1f, -2.4197073e-1f, -5.3990964e-2f, -4.4318484e-3f, -1.3383022e-4f, -1.4867443e-6f, -6.0769985e-9f,
+     -5.068928e-11f},
+    {-2.5965967e-8f, 1.209853e-1f, 5.3991005e-2f, 6.6477642e-3f, 2.6765972e-4f, 3.7171328e-6f, 1.8236427e-8f,
+     -2.6130395e-10f},
+    {6.64909e-2f, 5.4566914e-7f, -2.6995664e-2f, -5.9091146e-3f, -3.3457365e-4f, -5.946522e-6f, -3.541214e-8f,
+     -6.5736294e-10f},
+    {-5.3071435e-6f, -2.0162975e-2f, 4.49844e-3f, 3.3240807e-3f, 2.89981e-4f, 6.80471e-6f, 4.9818624e-8f, 0.f},
+    {-9.943015e-3f, 4.0245e-3f, 2.2527245e-3f, -1.1083602e-3f, -1.8183721e-4f, -5.913139e-6f, -5.471721e-8f, 0.f},
+    {-1.042989e-4f, 2.0082246e-3f, -1.3442681e-3f, 1.0934838e-4f, 8.244911e-5f, 4.0979976e-6f, 5.0667822e-8f, 0.f},
+    {1.3979422e-3f, -7.2146254e-4f, 9.917782e-5f, 8.724324e-5f, -2.5151123e-5f, -2.2854704e-6f, -3.8276422e-8f, 0.f},
+    {-2.3512745e-4f, -1.02827784e-4f, 1.0287869e-4f, -3.9799696e-5f, 3.875805e-6f, 7.8305e-7f, 1.6152303e-8f, 0.f},
+};
+alignas(32) constexpr float kGeluSlopeTail[9][8] = {
+    {5e-1f, -8.331547e-2f, -8.52318e-2f, -1.1945647e-2f, -5.0364964e-4f, -7.1469453e-6f, -3.5468815e-8f, 0.f},
+    {-7.978846e-1f, -2.4197084e-1f, 1.0798199e-1f, 3.1022923e-2f, 1.8736256e-3f, 3.419451e-5f, 2.0655652e-7f,
+     2.3879823e-9f},
+    {-2.1275332e-7f, 3.629561e-1f, -1.5498715e-8f, -3.3238858e-2f, -3.2119255e-3f, -7.805294e-5f, -5.8326344e-7f,
+     1.18557555e-8f},
+    {2.6596594e-1f, -8.0650665e-2f, -7.1990944e-2f, 1.6250972e-2f, 3.3010182e-3f, 1.1249732e-4f, 1.0625035e-6f,
+     2.8528689e-8f},
+    {-4.6328947e-5f, -8.065756e-2f, 4.4992972e-2f, -1.3478814e-7f, -2.1858914e-3f, -1.1397657e-4f, -1.3950968e-6f, 0.f},
+    {-5.9567556e-2f, 3.6205143e-2f, -2.656287e-3f, -4.6658865e-3f, 8.9181866e-4f, 8.523001e-5f, 1.386538e-6f, 0.f},
+    {-9.5849717e-4f, 8.745214e-3f, -7.80439e-3f, 2.5498527e-3f, -1.368354e-4f, -4.7860463e-5f, -1.1145951e-6f, 0.f},
+    {1.1482416e-2f, -6.6172667e-3f, 2.5521652e-3f, -3.023288e-4f, -8.878513e-5f, 1.9846195e-5f, 8.1974446e-7f, 0.f},
+    {-2.2744793e-3f, -3.2281544e-4f, 3.9642313e-4f, -2.289094e-4f, 6.2089945e-5f, -5.0482236e-6f, -4.16581e-7f, 0.f},
+};
+#else
 alignas(64) constexpr float kNormalTail[7][16] = {
     {5e-1f, 3.0853754e-1f, 1.5865526e-1f, 6.68072e-2f, 2.2750132e-2f, 6.209665e-3f, 1.3498979e-3f, 2.326291e-4f,
      3.167126e-5f, 3.3976812e-6f, 2.8665346e-7f, 1.8989853e-8f, 9.866187e-10f, 4.0162377e-11f, 1.2799444e-12f, 0.f},
@@ -57,14 +89,18 @@ alignas(64) constexpr float kGeluSlopeTail[7][16] = {
      -1.0494178e-10f, 3.6162277e-8f},
 };
 
-FASTFT_INLINE Vec<float> from_tail(const float (&table)[7][16], Vec<float> z) {
-  const Vec<float> twice = abs(z) + abs(z), t = twice > 15.f ? splat<Vec<float>>(15.f) : twice;
-  const Vec<float> shifted = t + 8388608.f;  // 2^23 leaves n in the low bits, of which a lookup takes four
+#endif
+
+template <int kTerms, int kSteps>
+FASTFT_INLINE Vec<float> from_tail(const float (&table)[kTerms][kSteps], Vec<float> z) {
+  constexpr float last = kSteps - 1;
+  const Vec<float> steps = kSteps == 16 ? abs(z) + abs(z) : abs(z), t = steps > last ? splat<Vec<float>>(last) : steps;
+  const Vec<float> shifted = t + 8388608.f;  // 2^23 leaves n in the low bits, of which a lookup takes what it needs
   const Vec<float> d = t - (shifted - 8388608.f);
   const auto coefficient = [&](int power) { return lookup(table[power], (Bits<Vec<float>>)shifted); };
-  Vec<float> tail = coefficient(6);
-#pragma GCC unroll 6
-  for (int power = 5; power >= 0; --power) tail = tail * d + coefficient(power);
+  Vec<float> tail = coefficient(kTerms - 1);
+#pragma GCC unroll 8
+  for (int power = kTerms - 2; power >= 0; --power) tail = tail * d + coefficient(power);
   return z > 0.f ? 1.f - tail : tail;
 }
 

@@ -51,6 +51,10 @@ FASTFT_INLINE Vec<float> times_two_to(Vec<float> x, Vec<float> n) {
 inline Vec<float> lookup(const float* table, Vec<uint32_t> index) {
   return (Vec<float>)_mm512_permutexvar_ps((__m512i)index, _mm512_load_ps(table));
 }
+#elif defined(FASTFT_ISA_AVX2)
+inline Vec<float> lookup(const float* table, Vec<uint32_t> index) {  // of 8
+  return (Vec<float>)_mm256_permutevar8x32_ps(_mm256_load_ps(table), (__m256i)index);
+}
 #endif
 
 // The products of the lower halves of x's lanes with a factor: philox.h's.
