@@ -70,25 +70,32 @@ struct StoreEpilogue {  // rounds the tile, or its sum with `add`, to the output
   static void run(const void* context, const Acc* tile, int64_t row, int64_t col, int rows, int cols) {
     const auto& p = *static_cast<const StoreEpilogue*>(context);
     constexpr int kCols = kTileCols<typename TileFor<T>::type>;
-    const bool past_caches = p.past_caches && col * int64_t(sizeof(Out)) % kVectorBytes == 0;
-    for (int i = 0; i < rows; ++i) {
-      const int64_t at = (row + i) * p.stride + col;
-      if (cols == kCols) {
+    Out* out = p.out + row * p.stride + col;
+    const Out* add = p.add ? p.add + row * p.stride + col : nullptr;
+    // One loop for each of them: with branches inside, a bf16 weight gradient of 64 rows takes 4 % longer.
+    const auto whole_rows = [&](auto adds, auto past_caches) {
+#pragma GCC unroll 2
+      for (int i = 0; i < rows; ++i, tile += kCols, out += p.stride) {
         Vec<Acc> v[kTileVecs];
 #pragma GCC unroll 2
         for (int j = 0; j < kTileVecs; ++j) {
-          v[j] = load(tile + i * kCols + j * kLanes<Acc>);
-          if (p.add) v[j] += load(p.add + at + j * kLanes<Acc>);
+          v[j] = load(tile + j * kLanes<Acc>);
+          if constexpr (adds) v[j] += load(add + i * p.stride + j * kLanes<Acc>);
         }
-        put(p.out + at, v, past_caches);
-        continue;
+        put(out, v, past_caches);
       }
+    };
+    const bool past_caches = p.past_caches && col * int64_t(sizeof(Out)) % kVectorBytes == 0;
+    const auto rows_that_add = [&](auto adds) {
+      past_caches ? whole_rows(adds, std::true_type{}) : whole_rows(adds, std::false_type{});
+    };
+    if (cols == kCols) return add ? rows_that_add(std::true_type{}) : rows_that_add(std::false_type{});
+    for (int i = 0; i < rows; ++i)
       for_lanes<Acc>(cols, [&](int64_t j, auto load_some, auto store_some) {
         Vec<Acc> value = load(tile + i * kCols + j);
-        if (p.add) value += load_some(p.add + at + j);
-        store_some(p.out + at + j, value);
+        if (add) value += load_some(add + i * p.stride + j);
+        store_some(out + i * p.stride + j, value);
       });
-    }
   }
 };
 
