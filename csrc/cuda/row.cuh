@@ -77,6 +77,13 @@ __device__ void put(const Row<Any<F>>& row, int64_t j, F value) {
         row.type == kBf16 ? from_float<bf16>(float(value)).bits : from_float<f16>(float(value)).bits;
 }
 
+template <class F>
+__device__ F get(const Row<const Any<F>>& row, int64_t j) {
+  const unsigned char* const at = row.at(j);
+  if (sizeof(F) == 8 || row.type == kFloat) return *reinterpret_cast<const F*>(at);
+  return row.type == kBf16 ? to_float(*reinterpret_cast<const bf16*>(at)) : to_float(*reinterpret_cast<const f16*>(at));
+}
+
 // ---- columns: of each 256, a span, a lane has eight. They are neighbours, n = 8, where rows begin at multiples of 16 bytes,
 // else those 32 apart, n = 1: the next lane's lie beside them.
 
@@ -245,6 +252,28 @@ __device__ void drop(OfLane<F>& values, const Kept<F>& kept, int64_t first) {
   }
 }
 
+// ---- what a lane keeps in shared memory, in parts of 16 bytes: lanes' lie side by side
+
+template <class Made>
+constexpr int kParts = sizeof(Made) / sizeof(Words);
+template <class Made>
+struct Parts {
+  Words of[kParts<Made>];
+};
+template <class Made>
+__device__ void keep(Words* place, const Made& made) {
+  const auto parts = bit_cast<Parts<Made>>(made);
+#pragma unroll
+  for (int i = 0; i < kParts<Made>; ++i) place[i * kWarp] = parts.of[i];
+}
+template <class Made>
+__device__ Made recall(const Words* place) {
+  Parts<Made> parts;
+#pragma unroll
+  for (int i = 0; i < kParts<Made>; ++i) parts.of[i] = place[i * kWarp];
+  return bit_cast<Made>(parts);
+}
+
 // ---- a row: what make(first) gives for each span, kept in shared memory by the lane that made it, as far as kHeldBytes
 // reach (2048 columns of fp32, 1024 where there are two of them), and made again of the others. Registers would hold a
 // row only where all loops over it are unrolled: four times the code, and half the warps.
@@ -275,41 +304,29 @@ __device__ Kept<F> kept_of_row(const Args& p, int64_t row) {
 template <class Make>
 struct HeldRow {
   using Made = decltype(std::declval<Make>()(int64_t()));
-  using Part = Words;  // lanes' lie side by side
-  static constexpr int kParts = sizeof(Made) / sizeof(Part);
-  struct Parts {
-    Part of[kParts];
-  };
 
   int64_t H, held;
   Make make;
-  Part* memory;
+  Words* memory;
 
   __device__ HeldRow(int64_t H, const Make& make)
       : H(H),
         held(spans_held<Made>(H) * kSpan),
         make(make),
-        memory(reinterpret_cast<Part*>(dynamic_shared() + threadIdx.y * bytes_held<Made>(H)) + threadIdx.x) {}
+        memory(reinterpret_cast<Words*>(dynamic_shared() + threadIdx.y * bytes_held<Made>(H)) + threadIdx.x) {}
 
   // Calls body(made, first) for each span; once with kFirst before all others.
   template <bool kFirst, class Body>
   __device__ void each(const Body& body) const {
 #pragma unroll 1
     for (int64_t first = 0; first < H; first += kSpan) {
-      Part* const place = memory + first / kSpan * (kParts * kWarp);
+      Words* const place = memory + first / kSpan * (kParts<Made> * kWarp);
       if (!kFirst && first < held) {
-        Parts parts;
-#pragma unroll
-        for (int i = 0; i < kParts; ++i) parts.of[i] = place[i * kWarp];
-        body(bit_cast<Made>(parts), first);
+        body(recall<Made>(place), first);
         continue;
       }
       const Made made = make(first);
-      if (kFirst && first < held) {
-        const Parts parts = bit_cast<Parts>(made);
-#pragma unroll
-        for (int i = 0; i < kParts; ++i) place[i * kWarp] = parts.of[i];
-      }
+      if (kFirst && first < held) keep(place, made);
       body(made, first);
     }
   }
