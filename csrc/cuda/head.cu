@@ -14,7 +14,8 @@
 namespace fastft::cuda {
 namespace {
 
-constexpr int kClasses = 4;               // that a warp takes at a time
+template <int n>
+constexpr int kClasses = n == 1 ? 1 : 4;  // that a warp takes at a time; rows off any grid are rare
 constexpr int kWarps = kSumWarps;         // of a block
 constexpr int kThreads = kWarp * kWarps;  // of which each warp takes a span of a row in turn
 
@@ -31,12 +32,12 @@ __device__ OfLane<F> dropped(const Args& p, Types types, uint8_t* calls, int64_t
 // Rows c to c + kClasses of w; zeros behind its end.
 template <class F, int n>
 struct Weights {
-  Stored<F, n> of[kClasses];
+  Stored<F, n> of[kClasses<n>];
 
   template <class Args>
   __device__ Weights(const Args& p, Type type, int64_t c, int64_t first) {
 #pragma unroll
-    for (int k = 0; k < kClasses; ++k)
+    for (int k = 0; k < kClasses<n>; ++k)
       of[k] = load<n>(row_of(c + k < p.C ? p.w : nullptr, type, c + k, p.H), first, p.H);
   }
 };
@@ -63,21 +64,21 @@ __global__ void __launch_bounds__(kThreads, sizeof(F) == 8 ? 1 : 2)
     if (own < p.H) keep(held[warp] + lane, dropped<F, n>(p, types, calls[warp], row, own));
     __syncthreads();
 #pragma unroll 1
-    for (int64_t c = warp * kClasses; c < p.C; c += kWarps * kClasses) {
-      F sums[kClasses] = {};
+    for (int64_t c = warp * kClasses<n>; c < p.C; c += kWarps * kClasses<n>) {
+      F sums[kClasses<n>] = {};
 #pragma unroll 1
       for (int64_t first = begin; first < p.H && first < begin + kWarps * kSpan; first += kSpan) {
         const Weights<F, n> weights(p, types.w, c, first);
         const auto x = recall<OfLane<F>>(held[(first - begin) / kSpan] + lane);
 #pragma unroll
-        for (int k = 0; k < kClasses; ++k) {
+        for (int k = 0; k < kClasses<n>; ++k) {
           const OfLane<F> w = weights.of[k].values();
 #pragma unroll
           for (int i = 0; i < kOfLane; ++i) sums[k] += x.v[i] * w.v[i];
         }
       }
 #pragma unroll
-      for (int k = 0; k < kClasses; ++k) {
+      for (int k = 0; k < kClasses<n>; ++k) {
         const F sum = warp_reduce(sums[k], Sum());
         if (lane == 0 && c + k < p.C) logits[c + k] = begin ? logits[c + k] + sum : sum;
       }
@@ -136,10 +137,10 @@ __global__ void __launch_bounds__(kThreads, sizeof(F) == 8 ? 1 : 2)
   const F grad = has_loss ? get(Row<const Any<F>>(p.dloss, types.w), 0) / *p.divisor : F(0);
   OfLane<F> sums = {};
 #pragma unroll 1
-  for (int64_t c = warp * kClasses; c < p.C; c += kWarps * kClasses) {
+  for (int64_t c = warp * kClasses<n>; c < p.C; c += kWarps * kClasses<n>) {
     const Weights<F, n> weights(p, p.dx ? types.w : kFloat, c, p.dx ? first : p.H);
 #pragma unroll
-    for (int k = 0; k < kClasses; ++k) {
+    for (int k = 0; k < kClasses<n>; ++k) {
       if (c + k >= p.C) break;
       F dz = 0;
       if (has_loss) dz = grad * (exp(get(z, c + k) - max) * scale - (c + k == p.target[row] ? F(1) : F(0)));
@@ -162,19 +163,19 @@ __global__ void __launch_bounds__(kThreads, sizeof(F) == 8 ? 1 : 2)
 template <class F, int n>
 __global__ void __launch_bounds__(kThreads, sizeof(F) == 8 ? 1 : 2)
     head_parameters_kernel(HeadBackward<Any<F>, Any<F>> p, Types types) {
-  __shared__ F of_warps[kSumWarps][kSpan], totals_of_warps[kSumWarps][kClasses];
+  __shared__ F of_warps[kSumWarps][kSpan], totals_of_warps[kSumWarps][kClasses<n>];
   __shared__ __align__(8) uint8_t calls[kWarps][kCallsOfSpan];
   const int64_t spans = p.dw ? ceil_div(p.H, kSpan) : 1;
-  const int64_t c = blockIdx.x / spans * kClasses, first = blockIdx.x % spans * kSpan;
+  const int64_t c = blockIdx.x / spans * kClasses<n>, first = blockIdx.x % spans * kSpan;
   const int lane = threadIdx.x, warp = threadIdx.y;
-  OfLane<F> sums[kClasses] = {};
-  F totals[kClasses] = {};
+  OfLane<F> sums[kClasses<n>] = {};
+  F totals[kClasses<n>] = {};
 #pragma unroll 1
   for (int64_t row = warp; row < p.B; row += kWarps) {
     OfLane<F> x = {};
     if (p.dw) x = dropped<F, n>(p, types, calls[warp], row, first);
 #pragma unroll
-    for (int k = 0; k < kClasses; ++k) {
+    for (int k = 0; k < kClasses<n>; ++k) {
       const F dz = c + k < p.C ? p.dz[row * p.C + c + k] : F(0);
       totals[k] += dz;
 #pragma unroll
@@ -183,10 +184,10 @@ __global__ void __launch_bounds__(kThreads, sizeof(F) == 8 ? 1 : 2)
   }
   if (p.db && first == 0) {
 #pragma unroll
-    for (int k = 0; k < kClasses; ++k)
+    for (int k = 0; k < kClasses<n>; ++k)
       if (lane == k) totals_of_warps[warp][k] = totals[k];
     __syncthreads();
-    if (warp == 0 && lane < kClasses && c + lane < p.C) {
+    if (warp == 0 && lane < kClasses<n> && c + lane < p.C) {
       F total = 0;
       for (int of = 0; of < kWarps; ++of) total += totals_of_warps[of][lane];
       put(Row<Any<F>>{p.db, types.w}, c + lane, total);
@@ -194,7 +195,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(F) == 8 ? 1 : 2)
   }
   if (!p.dw) return;
 #pragma unroll
-  for (int k = 0; k < kClasses; ++k) {
+  for (int k = 0; k < kClasses<n>; ++k) {
     if (c + k >= p.C) return;
     if (k) __syncthreads();  // the last class's have been read
     const auto dw = row_of(p.dw, types.w, c + k, p.H);
@@ -221,8 +222,8 @@ void backward(const HeadBackward<Any<F>, Any<F>>& p, Types types, Stream stream)
   with_neighbours<F>(p.H, aligned(p.w, p.x), [&](auto n) {
     launch(&head_backward_kernel<F, n.value>, grid_of(p.B * (p.dx ? spans : 1)), kBlock, 0, stream, p, types);
     if (p.dw || p.db)
-      launch(&head_parameters_kernel<F, n.value>, grid_of(ceil_div(p.C, kClasses) * (p.dw ? spans : 1)), kBlock, 0,
-             stream, p, types);
+      launch(&head_parameters_kernel<F, n.value>, grid_of(ceil_div(p.C, kClasses<n.value>) * (p.dw ? spans : 1)),
+             kBlock, 0, stream, p, types);
   });
 }
 
