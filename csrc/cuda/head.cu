@@ -207,23 +207,22 @@ __global__ void __launch_bounds__(kThreads, sizeof(F) == 8 ? 1 : 2)
 
 // ---- launchers, of erased arguments
 
-constexpr dim3 kBlock(kWarp, kWarps);
-
 template <class F>
 void forward(const HeadForward<Any<F>, Any<F>>& p, Types types, Stream stream) {
   with_neighbours<F>(p.H, aligned(p.x, p.w), [&](auto n) {
-    launch(&head_forward_kernel<F, n.value>, grid_of(p.B), kBlock, 0, stream, p, types);
+    launch(&head_forward_kernel<F, n.value>, grid_of(p.B), dim3(kWarp, kWarps), 0, stream, p, types);
   });
 }
 
 template <class F>
 void backward(const HeadBackward<Any<F>, Any<F>>& p, Types types, Stream stream) {
   const int64_t spans = ceil_div(p.H, kSpan);
+  const dim3 block(kWarp, kWarps);
   with_neighbours<F>(p.H, aligned(p.w, p.x), [&](auto n) {
-    launch(&head_backward_kernel<F, n.value>, grid_of(p.B * (p.dx ? spans : 1)), kBlock, 0, stream, p, types);
+    const int64_t groups = ceil_div(p.C, kClasses<n.value>);
+    launch(&head_backward_kernel<F, n.value>, grid_of(p.B * (p.dx ? spans : 1)), block, 0, stream, p, types);
     if (p.dw || p.db)
-      launch(&head_parameters_kernel<F, n.value>, grid_of(ceil_div(p.C, kClasses<n.value>) * (p.dw ? spans : 1)),
-             kBlock, 0, stream, p, types);
+      launch(&head_parameters_kernel<F, n.value>, grid_of(groups * (p.dw ? spans : 1)), block, 0, stream, p, types);
   });
 }
 
