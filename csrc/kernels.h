@@ -131,6 +131,51 @@ struct CrossEntropyBackward {
   int reduction;
 };
 
+// Classes up to which CUDA has these.
+constexpr int64_t kHeadClasses = 1024;
+
+// A classifier's end: logits = dropout(x) w^T + b, and the mean of their softmax cross-entropy against class indices, as in
+// CrossEntropyForward; a null seed is no dropout.
+template <class T, class W>
+struct HeadForward {
+  W* loss;                 // (1)
+  T* logits;               // (B, C)
+  Statistic<T>* stats;     // (2, B) as in CrossEntropyForward, or null
+  Statistic<T>* divisor;   // (1) or null
+  Statistic<T>* row_loss;  // (B) workspace; CUDA only
+  int32_t* blocks_done;    // (1) zero, which it is again afterwards; CUDA only
+  int64_t* invalid;        // (1) as in CrossEntropyForward; CPU only
+  const T* x;              // (B, H)
+  const W* w;              // (C, H)
+  const W* b;              // (C) or null
+  const int64_t* target;   // (B)
+  int64_t B, C, H;
+  int64_t ignore_index;
+  const int64_t* seed;  // (1) or null
+  int64_t threshold, use;
+};
+
+// Gradients of x (of dropout's input), w and b; each may be null.
+template <class T, class W>
+struct HeadBackward {
+  T* dx;                        // (B, H) or null
+  W* dw;                        // (C, H) or null
+  W* db;                        // (C) or null
+  Statistic<T>* dz;             // (B, C) gradient of the logits, both ways; CUDA's workspace
+  const W* dloss;               // (1) or null
+  const T* dlogits;             // (B, C) or null
+  const T* logits;              // (B, C) as the forward left them
+  const Statistic<T>* stats;    // (2, B)
+  const Statistic<T>* divisor;  // (1)
+  const T* x;                   // (B, H)
+  const W* w;                   // (C, H)
+  const int64_t* target;        // (B)
+  int64_t B, C, H;
+  int64_t ignore_index;
+  const int64_t* seed;
+  int64_t threshold, use;
+};
+
 // y = LayerNorm(h) w + b over rows of h = dropout(x) + residual; a null residual is zeros, a null seed no dropout (common/philox.h).
 template <class T, class W>
 struct LayerNormForward {
@@ -341,6 +386,8 @@ struct UnpackRows {
   X(linear_act_backward, LinearActBackward)       \
   X(cross_entropy_forward, CrossEntropyForward)   \
   X(cross_entropy_backward, CrossEntropyBackward) \
+  X(head_forward, HeadForward)                    \
+  X(head_backward, HeadBackward)                  \
   X(layer_norm_forward, LayerNormForward)         \
   X(layer_norm_backward, LayerNormBackward)       \
   X(embedding_forward, EmbeddingForward)          \

@@ -16,9 +16,11 @@ from small_models import ARCHITECTURES, CONFIG, assert_same, batch, build, class
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
 import fastft
+from fastft.functional import _dropout
 from fastft.functional._choice import use_backend
 from fastft.models.swap import Swapped
 from fastft.testing import error
+from fastft.testing.spec import KernelCalls
 
 
 @pytest.fixture(autouse=True)
@@ -158,6 +160,37 @@ def test_losses_and_output_types_are_stock_s(architecture, problem, return_dict)
     assert list(found) == list(expected) if return_dict is not False else len(found) == len(expected)
     for index in range(len(expected)):
         assert torch.equal(found[index], expected[index])
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES[1:])
+def test_a_classifier_s_product_and_loss_are_one_op(architecture):
+    model, inputs = fastft.optimize(build(architecture)), batch()
+    with KernelCalls() as kernels:
+        step(model, inputs)
+    assert {"head_forward", "head_backward"} <= set(kernels.names)
+    assert "cross_entropy_forward" not in kernels.names
+
+
+def test_a_classifier_drops_in_training_only_and_what_the_seed_says():
+    model, inputs = fastft.optimize(build(classifier_dropout=0.5)), batch()
+    torch.manual_seed(7)
+    found = model(**inputs)
+    torch.manual_seed(7)
+    factors = _dropout.factors(_dropout.draw_seed("cpu"), 0, 32768, 6, 64).float()
+    pooled = model.bert(**{key: value for key, value in inputs.items() if key != "labels"}).pooler_output
+    torch.testing.assert_close(found.logits, model.classifier(pooled * factors))
+    torch.testing.assert_close(found.loss, torch.nn.functional.cross_entropy(found.logits, inputs["labels"]))
+    torch.testing.assert_close(model.eval()(**inputs).logits, model.classifier(pooled))
+
+
+def test_a_label_out_of_range_is_an_error_and_the_next_step_is_as_ever():
+    model, inputs = fastft.optimize(build(classifier_dropout=0.5)), batch()
+    torch.manual_seed(0)
+    expected = step(model, inputs)
+    with pytest.raises(IndexError, match=r"cross_entropy: target\[0\] is 9, must be in \[0, 3\)"):
+        model(**inputs | {"labels": torch.full_like(inputs["labels"], 9)})
+    torch.manual_seed(0)
+    assert_same(step(model, inputs), expected)
 
 
 def test_labels_may_be_positional_and_return_dict_the_configuration_s():

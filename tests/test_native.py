@@ -426,6 +426,80 @@ def test_the_first_target_out_of_range_is_reported(kernels):
     assert call(kernels, "cross_entropy_forward_f32", unwritten(1, dtype=np.float32), *fields)[4] == 41
 
 
+# ---- head: dropout, class indices, some of them ignored, and a gradient of the logits, too
+
+# (B, C, H): one of everything; a partial register; more rows and columns than a task's and a group's
+BATCHES = [(1, 1, 1), (5, 3, 7), (19, 2, 300), (70, 37, 33)]
+
+
+def head_inputs(sizes, dtypes, seed=0):
+    (B, C, H), (T, W), random = sizes, dtypes, np.random.default_rng(seed)
+    target = random.integers(0, C, B)
+    target[1::4] = IGNORED
+    draw = random.standard_normal
+    weight = stored(draw((C, H)) * H**-0.5, T)  # of T, as linear_act's
+    values = {"x": (draw((B, H)), T), "w": (numbers(weight), W), "b": (draw(C), W), "dloss": ([1.5], W)}
+    values["dlogits"] = draw((B, C)), T
+    return {"target": target} | {name: stored(array, dtype) for name, (array, dtype) in values.items()}
+
+
+def head(kernels, suffix, target, x, w, b, dloss, dlogits):
+    (T, W), (B, H), C = DTYPES[suffix], x.shape, len(w)
+    statistic, invalid = np.float64 if suffix == "f64" else np.float32, np.array([7])
+    options = B, C, H, IGNORED, np.array([SEED]), THRESHOLD, USE
+    outputs = (((1,), W), ((B, C), T), ((2, B), statistic), ((1,), statistic))
+    loss, logits, stats, divisor = (unwritten(*shape, dtype=d) for shape, d in outputs)
+    forward = loss, logits, stats, divisor, None, None, invalid, x, w, b, target, *options
+    loss, logits, stats, divisor, _, _, invalid, *_ = call(kernels, f"head_forward_{suffix}", *forward)
+    assert invalid == -1
+    dx, dw, db = unwritten(B, H, dtype=T), unwritten(C, H, dtype=W), unwritten(C, dtype=W)
+    backward = dx, dw, db, None, dloss, dlogits, logits, stats, divisor, x, w, target, *options
+    dx, dw, db, *_ = call(kernels, f"head_backward_{suffix}", *backward)
+    return {"loss": loss, "logits": logits, "dx": dx, "dw": dw, "db": db}
+
+
+def numpy_head(suffix, target, x, w, b, dloss, dlogits, dtype):
+    """In ``dtype``, rounded where the kernel rounds, unless that is float64."""
+    T, W = (dtype, dtype) if dtype == np.float64 else DTYPES[suffix]
+    factors = philox.factors(SEED, USE, THRESHOLD, *x.shape).astype(dtype)
+    x, w, b, dloss, dlogits = (numbers(array, dtype) for array in (x, w, b, dloss, dlogits))
+    x = numbers(stored(x * factors, T), dtype)
+    logits = numbers(stored(x @ w.T + b, T), dtype)
+    valid, onto = (target != IGNORED)[:, None], np.arange(len(w)) == target[:, None]
+    shifted = logits - logits.max(1, keepdims=True)
+    log_p = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+    divisor = dtype(valid.sum())
+    dz = numbers(stored(dloss / divisor * valid * (np.exp(log_p) - onto), T), dtype)
+    dz = numbers(stored(dz + dlogits, T), dtype)
+    dx = numbers(stored(dz @ w, T), dtype) * factors
+    loss = np.atleast_1d(-(log_p * onto).sum() / divisor)
+    results = {"loss": (loss, W), "logits": (logits, T), "dx": (dx, T), "dw": (dz.T @ x, W), "db": (dz.sum(0), W)}
+    return {name: stored(array, kind) for name, (array, kind) in results.items()}
+
+
+@pytest.mark.parametrize("suffix", DTYPES)
+def test_head_is_numpys_at_any_size(kernels, suffix):
+    budget = error.Budget(double=suffix == "f64")
+    for seed, sizes in enumerate(BATCHES):
+        inputs = head_inputs(sizes, DTYPES[suffix], seed)
+        ours = head(kernels, suffix, **inputs)
+        theirs, truth = (numpy_head(suffix, **inputs, dtype=t) for t in (np.float32, np.float64))
+        budget.add(tensors(ours), tensors(theirs), tensors(truth), case=str(sizes))
+    budget.check()
+
+
+@pytest.mark.parametrize("suffix", DTYPES)
+def test_head_has_the_same_bits_on_any_number_of_threads(kernels, suffix):
+    inputs = head_inputs((67, 40, 130), DTYPES[suffix])
+    results = []
+    for threads in (1, 2, 5):
+        kernels.set_threads(threads)
+        results.append(head(kernels, suffix, **inputs))
+    for other in results[1:]:
+        for name, array in results[0].items():
+            np.testing.assert_array_equal(array, other[name], name)
+
+
 # ---- attention: a mask of keys, dropout
 
 # (B, N, Sq, Sk, D): one element; primes; blocks of queries; blocks of keys; heads wider than a block; empty

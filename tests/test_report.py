@@ -17,6 +17,7 @@ import fastft
 from fastft.functional._choice import use_backend
 from fastft.models.swap import watched
 from fastft.testing import error
+from fastft.testing.spec import KernelCalls
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +51,7 @@ def test_the_report_has_a_line_for_all_that_computes(architecture):
 def test_the_report_prints_as_a_table_with_one_row_for_equal_layers():
     text = str(fastft.report(fastft.optimize(build())))
     lines = text.splitlines()
-    assert lines[0] == "BertForSequenceClassification: fastft runs 47 of the 48 modules that compute something"
+    assert lines[0] == "BertForSequenceClassification: fastft runs 48 of the 48 modules that compute something"
     assert lines[1:3] == ["fastft", "  (the model)".ljust(61) + "BertForSequenceClassification"]
     assert sum("bert.encoder.layer.{0-1}.output.dense " in line for line in lines) == 1
     assert repr(fastft.report(build())).startswith("BertForSequenceClassification: fastft runs 0 of")
@@ -64,6 +65,43 @@ def test_the_report_says_when_the_backend_is_pytorch_s():
 
 def test_a_loss_that_is_no_cross_entropy_is_reported():
     assert found(fastft.optimize(build(num_labels=1)), "") == "the loss of regression is PyTorch's"
+
+
+class OtherDropout(torch.nn.Dropout):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda model: model.classifier.register_forward_hook(lambda *_: None), "its classifier has a hook"),
+        (lambda model: model.dropout.register_forward_pre_hook(lambda *_: None), "its dropout has a hook"),
+        (
+            lambda model: setattr(model, "dropout", OtherDropout()),
+            "its dropout is test_report.OtherDropout, not torch.nn",
+        ),
+        (lambda model: setattr(model, "classifier", torch.nn.Linear(64, 3)), "its classifier is not swapped"),
+        (lambda model: setattr(model, "num_labels", 1), "its classifier has 3 outputs, num_labels is 1"),
+        (
+            lambda model: setattr(model, "classifier", torch.nn.Sequential(model.classifier)),
+            "its classifier is torch.nn",
+        ),
+    ],
+)
+def test_dropout_classifier_and_loss_run_one_after_the_other_where_somebody_looks(change, reason):
+    stock, inputs = build(problem_type="single_label_classification"), batch()
+    model = fastft.optimize(copy.deepcopy(stock))
+    assert found(model, "dropout") is None and "head_forward" in kernels(model, inputs)
+    change(model)
+    assert found(model, "dropout").startswith(reason)
+    if model.num_labels != 1:
+        assert "head_forward" not in kernels(model, inputs) and "cross_entropy_forward" in kernels(model, inputs)
+
+
+def kernels(model, inputs):
+    with KernelCalls() as calls:
+        step(model, inputs)
+    return calls.names
 
 
 INTERMEDIATE = "bert.encoder.layer.1.intermediate"

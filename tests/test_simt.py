@@ -29,7 +29,7 @@ SANITIZED = simt.SANITIZED in os.environ
 SANITIZED_TEST = "test_kernels_are_clean_under_sanitizers"
 OF_TEST_OPTIM = ("steps_of_the_cuda_kernels_are", "clipping_by_the_cuda_kernels_is")
 LAYER = {"attention", "layer_norm", "linear_act"}  # what an encoder layer is made of
-ROWS = {"layer_norm", "embedding"}  # of csrc/cuda/row.cuh
+ROWS = {"layer_norm", "embedding", "head"}  # of csrc/cuda/row.cuh
 # Of test_optim.py and this file; which order it is changes nothing that sanitizers see.
 SELECTED = "(cuda or test_simt.py) and not does_not_change_a_bit"
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
@@ -435,6 +435,48 @@ def test_attention_drops_what_the_rule_says(dtype, packed, gpu):
 
     error.check(evaluate, dtype == torch.float64)
     assert {name[: name.rindex("_")] for name in gpu} == {"attention_forward", "attention_backward"}
+
+
+# (B, C, H): more rows than warps; most classes; more columns than are held
+@pytest.mark.parametrize("sizes", [(21, 6, 296), (3, 1023, 17), (2, 5, 2056)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_head_drops_what_the_rule_says(dtype, sizes, gpu):
+    op, (B, C, H) = sys.modules["fastft.functional.head"], sizes
+    options = -100, (torch.tensor([3]), 20000, 7)
+
+    def evaluate(number):
+        t, yardstick = TensorMaker(dtype, seed=number), torch.float32 if dtype == torch.float64 else dtype
+        named, target = {"input": t(B, H), "weight": t(C, H, scale=H**-0.5), "bias": t(C)}, t.indices(C, B)
+        target[::3] = -100
+
+        def run(function, named):
+            def joined(**tensors):
+                loss, logits = function(*tensors.values(), target, *options)
+                return torch.cat([loss.reshape(1), logits.reshape(-1)])
+
+            return error.run(joined, named, named, TensorMaker(dtype, seed=-1))
+
+        theirs, truth = (run(op.composition, error.cast(named, kind)) for kind in (yardstick, torch.float64))
+        return run(op.run, named), theirs, truth
+
+    error.check(evaluate, dtype == torch.float64)
+    assert {name.partition("_")[0] for name in gpu} == {"head"}
+
+
+@pytest.mark.parametrize("outputs", ["loss", "logits"])
+@pytest.mark.parametrize("wanted", ["input", "weight", "bias"])
+def test_each_gradient_of_a_head_alone_has_the_bits_it_has_with_the_others(wanted, outputs, gpu):
+    op, t = sys.modules["fastft.functional.head"], TensorMaker(torch.float32)
+    named, target = {"input": t(11, 300), "weight": t(6, 300), "bias": t(6)}, t.indices(6, 11)
+    options = -100, (torch.tensor([3]), 20000, 7)
+
+    def output(**tensors):
+        return op.run(*tensors.values(), target, *options)[outputs == "logits"]
+
+    alone, together = (
+        error.run(output, named, names, lambda *shape: torch.ones(shape)) for names in ((wanted,), named)
+    )
+    assert torch.equal(alone[f"grad {wanted}"], together[f"grad {wanted}"])
 
 
 # ---- all of them

@@ -2,8 +2,9 @@
 //   p, m, v W   g T   partial sums of the norm in fp64, one a chunk, added up in their order: the same bits in every run
 // Moves in fp32 28 bytes a parameter for AdamW, 4 for the norm, 8 for scaling: at 3 TB/s 1.03, 0.15 and 0.29 ms for the 110 M of BERT-base.
 // One block per chunk of a tensor, 16 bytes at a time where all of its arrays begin at multiples of that. Addresses are arguments of
-// the launch, kTensors at a time: nothing is copied to the device and nobody waits for it. Not yet run on a GPU.
-#include "device.cuh"
+// the launch, kTensors at a time: nothing is copied to the device and nobody waits for it. What elements are stored as is told
+// at run time (row.cuh). Not yet run on a GPU.
+#include "row.cuh"
 
 namespace fastft::cuda {
 namespace {
@@ -49,55 +50,77 @@ void for_tensors(const int64_t* sizes, int64_t tensors, const Add& add, const Ru
   }
 }
 
-// ---- a chunk in vectors of n neighbours, or element by element
+// ---- a chunk four neighbours at a time, or element by element; F is what is computed in
 
 // body(first, n as a type) for places of a chunk, n neighbours each; chunks begin at multiples of any n.
 template <int n, class Body>
 __device__ void for_vectors(int64_t begin, int64_t end, const Body& body) {
   for (int64_t j = begin + threadIdx.x * n; j + n <= end; j += kThreads * n) body(j, std::integral_constant<int, n>());
 }
-template <int n, class Body>
+template <class F, class Body>
 __device__ void for_chunk(const Chunk& chunk, bool vectors, const Body& body) {
+  constexpr int n = sizeof(F) == 8 ? 1 : 4;
   const int64_t whole = vectors ? chunk.begin + (chunk.end - chunk.begin) / n * n : chunk.begin;
   if (n > 1) for_vectors<n>(chunk.begin, whole, body);
   for_vectors<1>(whole, chunk.end, body);
 }
 
-template <int n, class F, class T>
-__device__ void read(F (&values)[n], const T* from) {
-  const Vector<T, n> x = *reinterpret_cast<const Vector<T, n>*>(from);
+// A tensor, of its address.
+template <class F>
+__device__ Row<Any<F>> tensor_at(int64_t address, Type type) {
+  return {reinterpret_cast<Any<F>*>(address), type};
+}
+
+template <class T, int n, class F>
+__device__ void read_as(F (&values)[n], const void* from) {
+  const Vector<T, n> x = *static_cast<const Vector<T, n>*>(from);
 #pragma unroll
   for (int i = 0; i < n; ++i) values[i] = F(to_float(x.v[i]));
 }
-template <int n, class F, class T>
-__device__ void write(T* to, const F (&values)[n]) {
+template <int n, class F>
+__device__ void read(F (&values)[n], const Row<Any<F>>& from, int64_t j) {
+  if (sizeof(F) == 8 || from.type == kFloat)
+    read_as<F>(values, from.at(j));
+  else if (from.type == kBf16)
+    read_as<bf16>(values, from.at(j));
+  else
+    read_as<f16>(values, from.at(j));
+}
+template <class T, int n, class F>
+__device__ void write_as(void* to, const F (&values)[n]) {
   Vector<T, n> x;
 #pragma unroll
-  for (int i = 0; i < n; ++i) x.v[i] = from_float<T>(values[i]);
-  *reinterpret_cast<Vector<T, n>*>(to) = x;
+  for (int i = 0; i < n; ++i) x.v[i] = from_float<T>(Compute<T>(values[i]));
+  *static_cast<Vector<T, n>*>(to) = x;
+}
+template <int n, class F>
+__device__ void write(const Row<Any<F>>& to, int64_t j, const F (&values)[n]) {
+  if (sizeof(F) == 8 || to.type == kFloat)
+    write_as<F>(to.at(j), values);
+  else if (to.type == kBf16)
+    write_as<bf16>(to.at(j), values);
+  else
+    write_as<f16>(to.at(j), values);
 }
 
-template <class T, class W>
-__global__ void __launch_bounds__(kThreads, sizeof(Compute<W>) == 8 ? 1 : 3)
-    adamw_kernel(Tensors tensors, const Statistic<W>* scale, double beta1, double beta2, double eps,
+template <class F>
+__global__ void __launch_bounds__(kThreads, sizeof(F) == 8 ? 1 : 3)
+    adamw_kernel(Tensors tensors, Types types, const F* scale, double beta1, double beta2, double eps,
                  double weight_decay, int maximize) {
-  using F = Compute<W>;
   const Chunk chunk = chunk_of_block(tensors);
-  W* const p = reinterpret_cast<W*>(tensors.p[chunk.tensor]);
-  const T* const g = reinterpret_cast<const T*>(tensors.g[chunk.tensor]);
-  W* const m = reinterpret_cast<W*>(tensors.m[chunk.tensor]);
-  W* const v = reinterpret_cast<W*>(tensors.v[chunk.tensor]);
-  const F factor = (scale ? F(*scale) : F(1)) * (maximize ? F(-1) : F(1));
+  const auto g = tensor_at<F>(tensors.g[chunk.tensor], types.t), p = tensor_at<F>(tensors.p[chunk.tensor], types.w);
+  const auto m = tensor_at<F>(tensors.m[chunk.tensor], types.w), v = tensor_at<F>(tensors.v[chunk.tensor], types.w);
+  const F factor = (scale ? *scale : F(1)) * (maximize ? F(-1) : F(1));
   const F rate = F(tensors.rate[chunk.tensor]), unbias = F(tensors.unbias[chunk.tensor]);
   const F decay = F(weight_decay), b1 = F(beta1), b2 = F(beta2), rest1 = F(1 - beta1), rest2 = F(1 - beta2), e = F(eps);
   const bool near_m = beta1 > 0.5;  // from the nearer end, as in cpu/adamw.cpp
-  for_chunk<kWidth<T, W>>(chunk, aligned(p, g, m, v), [&](int64_t j, auto neighbours) {
+  for_chunk<F>(chunk, aligned(p.data, g.data, m.data, v.data), [&](int64_t j, auto neighbours) {
     constexpr int n = neighbours.value;
     F of_g[n], of_p[n], of_m[n], of_v[n];
-    read(of_g, g + j);
-    read(of_p, p + j);
-    read(of_m, m + j);
-    read(of_v, v + j);
+    read(of_g, g, j);
+    read(of_p, p, j);
+    read(of_m, m, j);
+    read(of_v, v, j);
 #pragma unroll
     for (int i = 0; i < n; ++i) {
       const F gi = of_g[i] * factor, mi = of_m[i];
@@ -107,21 +130,20 @@ __global__ void __launch_bounds__(kThreads, sizeof(Compute<W>) == 8 ? 1 : 3)
       if (decay != 0) change += decay * of_p[i];
       of_p[i] -= change;
     }
-    write(m + j, of_m);
-    write(v + j, of_v);
-    write(p + j, of_p);
+    write(m, j, of_m);
+    write(v, j, of_v);
+    write(p, j, of_p);
   });
 }
 
-template <class T>
-__global__ void __launch_bounds__(kThreads, 4) squares_kernel(double* partial, Tensors tensors) {
-  using F = Compute<T>;
+template <class F>
+__global__ void __launch_bounds__(kThreads, 4) squares_kernel(double* partial, Tensors tensors, Type type) {
   const Chunk chunk = chunk_of_block(tensors);
-  const T* const g = reinterpret_cast<const T*>(tensors.g[chunk.tensor]);
+  const auto g = tensor_at<F>(tensors.g[chunk.tensor], type);
   F sum = 0;
-  for_chunk<kWidth<T>>(chunk, aligned(g), [&](int64_t j, auto neighbours) {
+  for_chunk<F>(chunk, aligned(g.data), [&](int64_t j, auto neighbours) {
     F x[neighbours.value];
-    read(x, g + j);
+    read(x, g, j);
 #pragma unroll
     for (int i = 0; i < neighbours.value; ++i) sum += x[i] * x[i];
   });
@@ -129,35 +151,33 @@ __global__ void __launch_bounds__(kThreads, 4) squares_kernel(double* partial, T
   if (threadIdx.x == 0) partial[blockIdx.x] = total;
 }
 
-template <class W>
-__global__ void norm_kernel(W* norm, const double* partial, int64_t chunks) {
+template <class F>
+__global__ void norm_kernel(Any<F>* norm, Type type, const double* partial, int64_t chunks) {
   double sum = 0;
   for (int64_t i = threadIdx.x; i < chunks; i += kThreads) sum += partial[i];
   const double total = block_reduce<kThreads>(sum, Sum());
-  if (threadIdx.x == 0) *norm = from_float<W>(Compute<W>(sqrt(total)));
+  if (threadIdx.x == 0) put(Row<Any<F>>{norm, type}, 0, F(sqrt(total)));
 }
 
-template <class T, class W>
-__global__ void __launch_bounds__(kThreads, 4) scale_kernel(Tensors tensors, const W* scale) {
-  using F = Compute<T>;
-  const F factor = F(to_float(*scale));
+template <class F>
+__global__ void __launch_bounds__(kThreads, 4) scale_kernel(Tensors tensors, Types types, const Any<F>* scale) {
+  const F factor = get(Row<const Any<F>>(scale, types.w), 0);
   if (factor == 1) return;
   const Chunk chunk = chunk_of_block(tensors);
-  T* const g = reinterpret_cast<T*>(tensors.g[chunk.tensor]);
-  for_chunk<kWidth<T>>(chunk, aligned(g), [&](int64_t j, auto neighbours) {
+  const auto g = tensor_at<F>(tensors.g[chunk.tensor], types.t);
+  for_chunk<F>(chunk, aligned(g.data), [&](int64_t j, auto neighbours) {
     F x[neighbours.value];
-    read(x, g + j);
+    read(x, g, j);
 #pragma unroll
     for (int i = 0; i < neighbours.value; ++i) x[i] *= factor;
-    write(g + j, x);
+    write(g, j, x);
   });
 }
 
-}  // namespace
+// ---- launchers, of erased arguments
 
-// ---- launchers
-template <class T, class W>
-void adamw(const AdamW<T, W>& a, Stream stream) {
+template <class F>
+void step(const AdamW<Any<F>, Any<F>>& a, Types types, Stream stream) {
   const auto add = [&](Tensors& tensors, int at, int64_t i) {
     tensors.p[at] = a.p[i];
     tensors.g[at] = a.g[i];
@@ -167,28 +187,43 @@ void adamw(const AdamW<T, W>& a, Stream stream) {
     tensors.unbias[at] = 1 / ::sqrt(1 - ::pow(a.beta2, a.steps[i]));
   };
   for_tensors(a.sizes, a.tensors, add, [&](const Tensors& tensors, int64_t chunks, int64_t) {
-    launch(&adamw_kernel<T, W>, grid_of(chunks), dim3(kThreads), 0, stream, tensors, a.factor, a.beta1, a.beta2, a.eps,
-           a.lr * a.weight_decay, a.maximize);
+    launch(&adamw_kernel<F>, grid_of(chunks), dim3(kThreads), 0, stream, tensors, types, a.factor, a.beta1, a.beta2,
+           a.eps, a.lr * a.weight_decay, a.maximize);
   });
 }
 
-template <class T, class W>
-void grad_norm(const GradNorm<T, W>& a, Stream stream) {
+template <class F>
+void norm(const GradNorm<Any<F>, Any<F>>& a, Types types, Stream stream) {
   int64_t count = 0;
   const auto add = [&](Tensors& tensors, int at, int64_t i) { tensors.g[at] = a.g[i]; };
   for_tensors(a.sizes, a.tensors, add, [&](const Tensors& tensors, int64_t chunks, int64_t before) {
-    launch(&squares_kernel<T>, grid_of(chunks), dim3(kThreads), 0, stream, a.partial + before, tensors);
+    launch(&squares_kernel<F>, grid_of(chunks), dim3(kThreads), 0, stream, a.partial + before, tensors, types.t);
     count = before + chunks;
   });
-  launch(&norm_kernel<W>, dim3(1), dim3(kThreads), 0, stream, a.norm, a.partial, count);
+  launch(&norm_kernel<F>, dim3(1), dim3(kThreads), 0, stream, a.norm, types.w, a.partial, count);
 }
 
-template <class T, class W>
-void scale_grads(const ScaleGrads<T, W>& a, Stream stream) {
+template <class F>
+void scale(const ScaleGrads<Any<F>, Any<F>>& a, Types types, Stream stream) {
   const auto add = [&](Tensors& tensors, int at, int64_t i) { tensors.g[at] = a.g[i]; };
   for_tensors(a.sizes, a.tensors, add, [&](const Tensors& tensors, int64_t chunks, int64_t) {
-    launch(&scale_kernel<T, W>, grid_of(chunks), dim3(kThreads), 0, stream, tensors, a.factor);
+    launch(&scale_kernel<F>, grid_of(chunks), dim3(kThreads), 0, stream, tensors, types, a.factor);
   });
+}
+
+}  // namespace
+
+template <class T, class W>
+void adamw(const AdamW<T, W>& a, Stream stream) {
+  step<Compute<W>>(erased(a), types_of(a), stream);
+}
+template <class T, class W>
+void grad_norm(const GradNorm<T, W>& a, Stream stream) {
+  norm<Compute<W>>(erased(a), types_of(a), stream);
+}
+template <class T, class W>
+void scale_grads(const ScaleGrads<T, W>& a, Stream stream) {
+  scale<Compute<W>>(erased(a), types_of(a), stream);
 }
 
 #define FASTFT_X(suffix, T, W)                            \

@@ -47,7 +47,7 @@ struct Sources {
 };
 
 template <class F, int n>
-__global__ void __launch_bounds__(kThreadsOfRows, kRowBlocks<F>)
+__global__ void __launch_bounds__(kThreadsOfRows, kRowBlocks<F, n>)
     embedding_forward_kernel(EmbeddingForward<Any<F>, Any<F>> p, Types types) {
   const int64_t row = int64_t(blockIdx.x) * kRowsPerBlock + threadIdx.y;
   if (row >= p.M) return;  // a whole warp leaves
@@ -55,13 +55,10 @@ __global__ void __launch_bounds__(kThreadsOfRows, kRowBlocks<F>)
   const auto w = row_of(p.w, types.w, 0, p.H), b = row_of(p.b, types.w, 0, p.H);
   const Kept<F> kept = kept_of_row<OfLane<F>, F>(p, row);
   const HeldRow sum(p.H, [&](int64_t first) { return sources.template read<n>(first, p.H).sum(); });
-  const RowMoments<F> moments = row_moments<n, F>(sum, p.eps);
-  sum.template each<false>([&](const OfLane<F>& h, int64_t first) {
+  const RowMoments<F> moments = normalize<n, F>(sum, p.eps, [&](OfLane<F>& y, const OfLane<F>&, int64_t first) {
     const OfLane<F> of_w = load<n>(w, first, p.H).values(), of_b = load<n>(b, first, p.H).values();
-    OfLane<F> y;
 #pragma unroll
-    for (int i = 0; i < kOfLane; ++i)
-      y.v[i] = (h.v[i] - moments.about - moments.shift) * moments.rstd * of_w.v[i] + of_b.v[i];
+    for (int i = 0; i < kOfLane; ++i) y.v[i] = y.v[i] * of_w.v[i] + of_b.v[i];
     drop<n>(y, kept, first);
     store<n>(row_of(p.y, types.t, row, p.H), first, p.H, y);
   });
@@ -86,7 +83,7 @@ __device__ NormalAndGradient<F> normal_and_gradient(const EmbeddingBackward<Any<
 }
 
 template <class F, int n>
-__global__ void __launch_bounds__(kThreadsOfRows, kRowBlocks<F>)
+__global__ void __launch_bounds__(kThreadsOfRows, kRowBlocks<F, n>)
     embedding_backward_kernel(EmbeddingBackward<Any<F>, Any<F>> p, Types types) {
   const int64_t row = int64_t(blockIdx.x) * kRowsPerBlock + threadIdx.y;
   if (row >= p.M) return;
@@ -142,7 +139,7 @@ struct Runs {
 };
 
 template <class F, int n>
-__global__ void __launch_bounds__(kThreadsOfRows, kRowBlocks<F>)
+__global__ void __launch_bounds__(kThreadsOfRows, kRowBlocks<F, n>)
     embedding_scatter_kernel(EmbeddingScatter<Any<F>, Any<F>> p, Types types) {
   const int64_t spans = ceil_div(p.H, kSpan), warp = int64_t(blockIdx.x) * kRowsPerBlock + threadIdx.y;
   const int64_t first = warp % spans * kSpan;

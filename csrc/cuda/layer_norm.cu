@@ -12,7 +12,7 @@ namespace fastft::cuda {
 namespace {
 
 template <class F, int n>
-__global__ void __launch_bounds__(kThreadsOfRows, kRowBlocks<F>)
+__global__ void __launch_bounds__(kThreadsOfRows, kRowBlocks<F, n>)
     layer_norm_forward_kernel(LayerNormForward<Any<F>, Any<F>> p, Types types) {
   const int64_t row = int64_t(blockIdx.x) * kRowsPerBlock + threadIdx.y;
   if (row >= p.M) return;  // a whole warp leaves
@@ -30,19 +30,17 @@ __global__ void __launch_bounds__(kThreadsOfRows, kRowBlocks<F>)
     }
     return h;
   });
-  const RowMoments<F> moments = row_moments<n, F>(of_h, p.eps);
-  of_h.template each<false>([&](const OfLane<F>& h, int64_t first) {
+  const auto output = [&](OfLane<F>& y, const OfLane<F>& h, int64_t first) {
     const OfLane<F> of_w = load<n>(w, first, p.H).values(), of_b = load<n>(b, first, p.H).values();
-    OfLane<F> y;
 #pragma unroll
     for (int i = 0; i < kOfLane; ++i) {
-      y.v[i] = (h.v[i] - moments.about - moments.shift) * moments.rstd;
       if (p.w) y.v[i] *= of_w.v[i];
       if (p.b) y.v[i] += of_b.v[i];
     }
     if (p.h) store<n>(row_of(p.h, types.w, row, p.H), first, p.H, h);
     store<n>(row_of(p.y, types.w, row, p.H), first, p.H, y);
-  });
+  };
+  const RowMoments<F> moments = normalize<n, F>(of_h, p.eps, output);
   if (threadIdx.x == 0) {
     if (p.mean) p.mean[row] = moments.about + moments.shift;
     if (p.rstd) p.rstd[row] = moments.rstd;
@@ -50,7 +48,7 @@ __global__ void __launch_bounds__(kThreadsOfRows, kRowBlocks<F>)
 }
 
 template <class F, int n>
-__global__ void __launch_bounds__(kThreadsOfRows, kRowBlocks<F>)
+__global__ void __launch_bounds__(kThreadsOfRows, kRowBlocks<F, n>)
     layer_norm_backward_kernel(LayerNormBackward<Any<F>, Any<F>> p, Types types) {
   const int64_t row = int64_t(blockIdx.x) * kRowsPerBlock + threadIdx.y;
   if (row >= p.M) return;

@@ -12,8 +12,10 @@ namespace fastft::cuda {
 
 constexpr int kRowsPerBlock = 4;  // warps, each of which takes a row
 constexpr int kThreadsOfRows = kWarp * kRowsPerBlock;
-template <class F>
-constexpr int kRowBlocks = sizeof(F) == 8 ? 1 : 4;  // of an SM, at least; fp64, for gradcheck, may have all registers
+template <class F, int n>
+constexpr int kRowBlocks = sizeof(F) == 8 ? 1
+                           : n == 1       ? 4
+                                          : 6;  // of an SM, at least; fp64 is for gradcheck
 
 // ---- what rows are stored as is told at run time: as types of the kernels it would make five of each, whose loops wait
 // for memory. F is what they compute in, float or double; the latter is stored as itself.
@@ -75,6 +77,13 @@ __device__ void put(const Row<Any<F>>& row, int64_t j, F value) {
   else
     *reinterpret_cast<uint16_t*>(at) =
         row.type == kBf16 ? from_float<bf16>(float(value)).bits : from_float<f16>(float(value)).bits;
+}
+
+template <class F>
+__device__ F get(const Row<const Any<F>>& row, int64_t j) {
+  const unsigned char* const at = row.at(j);
+  if (sizeof(F) == 8 || row.type == kFloat) return *reinterpret_cast<const F*>(at);
+  return row.type == kBf16 ? to_float(*reinterpret_cast<const bf16*>(at)) : to_float(*reinterpret_cast<const f16*>(at));
 }
 
 // ---- columns: of each 256, a span, a lane has eight. They are neighbours, n = 8, where rows begin at multiples of 16 bytes,
@@ -245,6 +254,28 @@ __device__ void drop(OfLane<F>& values, const Kept<F>& kept, int64_t first) {
   }
 }
 
+// ---- what a lane keeps in shared memory, in parts of 16 bytes: lanes' lie side by side
+
+template <class Made>
+constexpr int kParts = sizeof(Made) / sizeof(Words);
+template <class Made>
+struct Parts {
+  Words of[kParts<Made>];
+};
+template <class Made>
+__device__ void keep(Words* place, const Made& made) {
+  const auto parts = bit_cast<Parts<Made>>(made);
+#pragma unroll
+  for (int i = 0; i < kParts<Made>; ++i) place[i * kWarp] = parts.of[i];
+}
+template <class Made>
+__device__ Made recall(const Words* place) {
+  Parts<Made> parts;
+#pragma unroll
+  for (int i = 0; i < kParts<Made>; ++i) parts.of[i] = place[i * kWarp];
+  return bit_cast<Made>(parts);
+}
+
 // ---- a row: what make(first) gives for each span, kept in shared memory by the lane that made it, as far as kHeldBytes
 // reach (2048 columns of fp32, 1024 where there are two of them), and made again of the others. Registers would hold a
 // row only where all loops over it are unrolled: four times the code, and half the warps.
@@ -275,42 +306,36 @@ __device__ Kept<F> kept_of_row(const Args& p, int64_t row) {
 template <class Make>
 struct HeldRow {
   using Made = decltype(std::declval<Make>()(int64_t()));
-  using Part = Words;  // lanes' lie side by side
-  static constexpr int kParts = sizeof(Made) / sizeof(Part);
-  struct Parts {
-    Part of[kParts];
-  };
 
   int64_t H, held;
   Make make;
-  Part* memory;
+  Words* memory;
 
   __device__ HeldRow(int64_t H, const Make& make)
       : H(H),
         held(spans_held<Made>(H) * kSpan),
         make(make),
-        memory(reinterpret_cast<Part*>(dynamic_shared() + threadIdx.y * bytes_held<Made>(H)) + threadIdx.x) {}
+        memory(reinterpret_cast<Words*>(dynamic_shared() + threadIdx.y * bytes_held<Made>(H)) + threadIdx.x) {}
 
-  // Calls body(made, first) for each span; once with kFirst before all others.
-  template <bool kFirst, class Body>
-  __device__ void each(const Body& body) const {
+  // Goes over the spans kPasses times: body(pass, made, first) for each, end(pass) behind the last. In one loop, so that
+  // there is one copy of what makes a span.
+  template <int kPasses, class Body, class End>
+  __device__ void passes(const Body& body, const End& end) const {
 #pragma unroll 1
-    for (int64_t first = 0; first < H; first += kSpan) {
-      Part* const place = memory + first / kSpan * (kParts * kWarp);
-      if (!kFirst && first < held) {
-        Parts parts;
-#pragma unroll
-        for (int i = 0; i < kParts; ++i) parts.of[i] = place[i * kWarp];
-        body(bit_cast<Made>(parts), first);
-        continue;
+    for (int pass = 0; pass < kPasses; ++pass) {
+#pragma unroll 1
+      for (int64_t first = 0; first < H; first += kSpan) {
+        Words* const place = memory + first / kSpan * (kParts<Made> * kWarp);
+        Made made;
+        if (pass > 0 && first < held) {
+          made = recall<Made>(place);
+        } else {
+          made = make(first);
+          if (first < held) keep(place, made);
+        }
+        body(pass, made, first);
       }
-      const Made made = make(first);
-      if (kFirst && first < held) {
-        const Parts parts = bit_cast<Parts>(made);
-#pragma unroll
-        for (int i = 0; i < kParts; ++i) place[i * kWarp] = parts.of[i];
-      }
-      body(made, first);
+      end(pass);
     }
   }
 };
@@ -320,26 +345,45 @@ struct RowMoments {
   F about, shift, rstd;  // the mean is about + shift
 };
 
+// The moments of a row, and output((h - mean) rstd, h, first) for each span.
 // `about` is off by its rounding; the mean of differences to it corrects both moments.
-template <int n, class F, class Row>
-__device__ RowMoments<F> row_moments(const Row& row, double eps) {
-  F total = 0, rest = 0, squares = 0;
-  row.template each<true>([&](const OfLane<F>& h, int64_t) {
+template <int n, class F, class Row, class Output>
+__device__ RowMoments<F> normalize(const Row& row, double eps, const Output& output) {
+  F total = 0, squares = 0;  // the first pass' and the second's sums
+  RowMoments<F> m = {};
+  const F H = F(row.H);
+  row.template passes<3>(
+      [&](int pass, const OfLane<F>& h, int64_t first) {
+        if (pass == 0) {
 #pragma unroll
-    for (int i = 0; i < kOfLane; ++i) total += h.v[i];  // zeros behind the end
-  });
-  const F H = F(row.H), about = warp_reduce(total, Sum()) / H;
-  row.template each<false>([&](const OfLane<F>& h, int64_t first) {
-    const int left = columns_left(first, row.H);
+          for (int i = 0; i < kOfLane; ++i) total += h.v[i];  // zeros behind the end
+        } else if (pass == 1) {
+          const int left = columns_left(first, row.H);
 #pragma unroll
-    for (int i = 0; i < kOfLane; ++i) {
-      const F d = column_of_lane<n>(i) < left ? h.v[i] - about : F(0);
-      rest += d;
-      squares += d * d;
-    }
-  });
-  const F shift = warp_reduce(rest, Sum()) / H, variance = warp_reduce(squares, Sum()) / H - shift * shift;
-  return {about, shift, F(1) / sqrt(variance + F(eps))};
+          for (int i = 0; i < kOfLane; ++i) {
+            const F d = column_of_lane<n>(i) < left ? h.v[i] - m.about : F(0);
+            total += d;
+            squares += d * d;
+          }
+        } else {
+          OfLane<F> normal;
+#pragma unroll
+          for (int i = 0; i < kOfLane; ++i) normal.v[i] = (h.v[i] - m.about - m.shift) * m.rstd;
+          output(normal, h, first);
+        }
+      },
+      [&](int pass) {
+        if (pass > 1) return;
+        const F mean = warp_reduce(total, Sum()) / H;
+        total = 0;
+        if (pass == 0) {
+          m.about = mean;
+        } else {
+          m.shift = mean;
+          m.rstd = F(1) / sqrt(warp_reduce(squares, Sum()) / H - mean * mean + F(eps));
+        }
+      });
+  return m;
 }
 
 // What the backward needs of a row: n = (h - mean) rstd, and the gradient of it, g.
@@ -351,21 +395,27 @@ struct NormalAndGradient {
 // Calls body(dh, first) for each span of dh = rstd (g - avg(g) - n avg(g n)).
 template <class F, class Row, class Body>
 __device__ void norm_backward(const Row& row, F rstd, const Body& body) {
-  F g_total = 0, gn_total = 0;
-  row.template each<true>([&](const NormalAndGradient<F>& x, int64_t) {
+  F g_mean = 0, gn_mean = 0;  // sums, until the first pass ends
+  row.template passes<2>(
+      [&](int pass, const NormalAndGradient<F>& x, int64_t first) {
+        if (pass == 0) {
 #pragma unroll
-    for (int i = 0; i < kOfLane; ++i) {
-      g_total += x.g.v[i];
-      gn_total += x.g.v[i] * x.n.v[i];  // g is zero behind the end
-    }
-  });
-  const F H = F(row.H), g_mean = warp_reduce(g_total, Sum()) / H, gn_mean = warp_reduce(gn_total, Sum()) / H;
-  row.template each<false>([&](const NormalAndGradient<F>& x, int64_t first) {
-    OfLane<F> dh;
+          for (int i = 0; i < kOfLane; ++i) {
+            g_mean += x.g.v[i];
+            gn_mean += x.g.v[i] * x.n.v[i];  // g is zero behind the end
+          }
+          return;
+        }
+        OfLane<F> dh;
 #pragma unroll
-    for (int i = 0; i < kOfLane; ++i) dh.v[i] = (x.g.v[i] - g_mean - x.n.v[i] * gn_mean) * rstd;
-    body(dh, first);
-  });
+        for (int i = 0; i < kOfLane; ++i) dh.v[i] = (x.g.v[i] - g_mean - x.n.v[i] * gn_mean) * rstd;
+        body(dh, first);
+      },
+      [&](int pass) {
+        if (pass > 0) return;
+        g_mean = warp_reduce(g_mean, Sum()) / F(row.H);
+        gn_mean = warp_reduce(gn_mean, Sum()) / F(row.H);
+      });
 }
 
 // ---- sums over rows, of two things: a block of kSumWarps warps takes kSumRows rows and a span

@@ -47,3 +47,4 @@ class ElectraModel(bert_like.Model, modeling_electra.ElectraModel):
 class ElectraForSequenceClassification(head.SequenceClassifier, modeling_electra.ElectraForSequenceClassification):
     _fastft_encoder = "electra"
     _fastft_readers = ("classifier",)
+    _fastft_parts, _fastft_classifier = (), "classifier.out_proj"  # whose dropout comes twice

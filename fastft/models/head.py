@@ -1,13 +1,17 @@
-"""The head of a sequence classifier: its loss."""
+"""The head of a sequence classifier: its loss, and what comes right before it."""
 
 import contextlib
+import functools
 import inspect
+import operator
 
 import torch
 
 from fastft import functional
+from fastft.functional.head import head
 from fastft.models.encoder import reading_first
-from fastft.models.swap import Swapped, replaced
+from fastft.models.linear import Linear, why_not_linear
+from fastft.models.swap import Swapped, replaced, watched
 
 
 class SequenceClassifier(Swapped):
@@ -17,6 +21,8 @@ class SequenceClassifier(Swapped):
     """
 
     _fastft_cls_only = True
+    _fastft_parts = ("dropout",)  # which nothing but the classifier gets; or ()
+    _fastft_classifier = "classifier"  # where the linear layer is that makes the logits
     _fastft_encoder = None  # the attribute of the encoder, of whose hidden states only first rows are read
     _fastft_readers = ()  # attributes of the modules that get them, beside the encoder's own pooler
 
@@ -29,6 +35,29 @@ class SequenceClassifier(Swapped):
         """A sentence if the classifier's loss is not cross-entropy over class indices, else None."""
         kind = self.config.problem_type or ("regression" if self.num_labels == 1 else "single_label_classification")
         return None if kind == "single_label_classification" else f"the loss of {kind} is PyTorch's"
+
+    def _fastft_why_not_parts(self):
+        """A sentence if dropout, classifier and loss run one after the other, else None."""
+        classifier = operator.attrgetter(self._fastft_classifier)(self)
+        if type(classifier) is not Linear or watched(classifier):
+            return f"its {self._fastft_classifier} {why_not_linear(classifier) or 'is not swapped'}"
+        if classifier.out_features != self.num_labels:
+            return (
+                f"its {self._fastft_classifier} has {classifier.out_features} outputs, num_labels is {self.num_labels}"
+            )
+        for name in self._fastft_parts:
+            if type(dropout := getattr(self, name)) is not torch.nn.Dropout:
+                return f"its {name} is {type(dropout).__module__}.{type(dropout).__qualname__}, not torch.nn.Dropout"
+            if why := watched(dropout):
+                return f"its {name} {why}"
+        return None
+
+    def _fastft_together(self, labels):
+        """What makes the classifier drop, multiply and take the loss by one op, or None."""
+        if torch.compiler.is_compiling() or self._fastft_why_not_parts() is not None:
+            return None
+        dropouts = [getattr(self, name) for name in self._fastft_parts]
+        return Together(operator.attrgetter(self._fastft_classifier)(self), dropouts, labels.view(-1))
 
     def _fastft_forward(self, *args, **kwargs):
         position = self._fastft_labels
@@ -45,12 +74,43 @@ class SequenceClassifier(Swapped):
         else:
             kwargs["labels"] = None
         return_dict = kwargs.pop("return_dict", None)
+        forward = functools.partial(super().forward, *args, **kwargs, return_dict=True)
+        together = self._fastft_together(labels)
         with context:
-            output = super().forward(*args, **kwargs, return_dict=True)
-        logits = output.logits.view(-1, self.num_labels)
-        loss = functional.cross_entropy(logits, labels.view(-1).to(logits.device))
+            output = forward() if together is None else together.run(forward)
+        if together is not None:
+            loss = together.loss
+        else:
+            logits = output.logits.view(-1, self.num_labels)
+            loss = functional.cross_entropy(logits, labels.view(-1).to(logits.device))
         output = type(output)(loss=loss, **output)
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+
+class Together:
+    """In :meth:`run`, ``classifier``, a :class:`Linear`, makes ``loss`` along with the logits, and drops in place of
+    the ``dropouts``, of which stock's forward calls at most one before it."""
+
+    def __init__(self, classifier, dropouts, labels):
+        self.classifier, self.labels, self.loss = classifier, labels, None
+        self.dropouts = [dropout for dropout in dropouts if dropout.training]
+
+    def run(self, forward):
+        self.classifier._fastft_together = self
+        for dropout in self.dropouts:
+            dropout.training = False
+        try:
+            return forward()
+        finally:
+            del self.classifier._fastft_together
+            for dropout in self.dropouts:
+                dropout.training = True
+
+    def logits(self, input):
+        p = sum(dropout.p for dropout in self.dropouts)
+        labels, linear = self.labels.to(input.device), self.classifier
+        self.loss, logits = head(input, linear.weight, linear.bias, labels, p)
+        return logits
 
 
 def _is_single_label(self, labels):

@@ -11,8 +11,12 @@ from fastft.models.swap import Swapped, replaces, watched
 
 
 class Linear(Swapped, torch.nn.Linear):
+    _fastft_together = None  # with what, in a classifier: head.py
+
     @replaces(torch.nn.Linear.forward)
     def forward(self, input):
+        if self._fastft_together is not None:
+            return self._fastft_together.logits(input)
         return linear_act(input, self.weight, self.bias, "identity")
 
 

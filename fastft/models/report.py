@@ -31,7 +31,8 @@ def report(model):
     for name, module in model.named_modules():  # parents first
         if isinstance(module, Swapped):
             reason = _why_not(module, name in sharded)
-            fused.update((f"{name}.{part}".lstrip("."), reason) for part in module._fastft_parts)
+            of_parts = reason or module._fastft_why_not_parts()
+            fused.update((f"{name}.{part}".lstrip("."), of_parts) for part in module._fastft_parts)
             runs_something = module._fastft_works
         elif name in fused:
             reason, runs_something = fused[name], True

@@ -52,3 +52,4 @@ class RobertaModel(bert_like.Model, modeling_roberta.RobertaModel):
 class RobertaForSequenceClassification(head.SequenceClassifier, modeling_roberta.RobertaForSequenceClassification):
     _fastft_encoder = "roberta"
     _fastft_readers = ("classifier",)
+    _fastft_parts, _fastft_classifier = (), "classifier.out_proj"  # whose dropout comes twice

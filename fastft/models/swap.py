@@ -35,6 +35,10 @@ class Swapped:
         """A sentence if this module, as it is now, has to do its work as the class it replaces does, else None."""
         return None
 
+    def _fastft_why_not_parts(self):
+        """The same if only the work of its parts is theirs."""
+        return None
+
 
 def replaces(original):
     """Decorates the ``forward`` that stands for ``original``: its signature, in the dtype that was asked for."""

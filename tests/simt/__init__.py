@@ -96,6 +96,21 @@ def index_or_probability(target):
     return (target, None) if target.dtype == torch.int64 else (None, target)
 
 
+def head_forward(loss, logits, stats, divisor, row_loss, blocks_done, x, w, b, target, *options):
+    if row_loss is None:  # Python makes these workspaces for CUDA tensors only
+        row_loss = x.new_empty(len(x), dtype=torch.promote_types(x.dtype, torch.float32))
+        blocks_done = torch.zeros(1, dtype=torch.int32)
+    tensors = loss, logits, stats, divisor, row_loss, blocks_done, None, x, w, b, target
+    return (x, w), (*tensors, *logits.shape, x.shape[1], *options)
+
+
+def head_backward(dx, dw, db, dz, dloss, dlogits, logits, stats, divisor, x, w, target, *options):
+    if dz is None:  # Python makes this workspace for CUDA tensors only
+        dz = torch.empty_like(logits, dtype=stats.dtype)
+    tensors = dx, dw, db, dz, dloss, dlogits, logits, stats, divisor, x, w, target
+    return (x, w), (*tensors, *logits.shape, x.shape[1], *options)
+
+
 def layer_norm_forward(y, h, mean, rstd, x, residual, w, b, eps, *dropout):
     return (x, y), (y, h, mean, rstd, x, residual, w, b, *x.shape, eps, *dropout)
 
@@ -220,6 +235,7 @@ FIELDS = {
     for op in (
         *(linear_act_forward, linear_act_backward),
         *(cross_entropy_forward, cross_entropy_backward),
+        *(head_forward, head_backward),
         *(layer_norm_forward, layer_norm_backward),
         *(embedding_forward, embedding_backward, embedding_scatter),
         *(attention_forward, attention_backward),
