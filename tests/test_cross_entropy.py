@@ -85,8 +85,17 @@ def test_every_combination_of_options_is_within_the_budget(dtype, ours, each_isa
     budget.check()
 
 
-@pytest.mark.parametrize("classes", (3, 200))
-@pytest.mark.parametrize("options", ({}, {"label_smoothing": 0.1}), ids=str)
+@pytest.mark.parametrize(
+    ("classes", "options"),
+    [
+        (3, {}),
+        (3, {"label_smoothing": 0.1}),
+        (200, {}),
+        (200, {"label_smoothing": 0.1}),
+        (20011, {}),
+    ],  # a whole vocabulary
+    ids=str,
+)
 def test_infinite_nan_and_huge_logits_give_what_pytorch_gives(classes, options, ours, each_isa):
     rows = [[INF], [-INF], [NAN], [INF, -INF], [-INF, -INF], [1e35, -1e35], [-1e35, 1e35], [-1e35, -1e35], [1e35, -INF]]
     input = logits(len(rows) + 2, classes)

@@ -4,22 +4,27 @@
 //   probabilities q:  h = 0  k_c = ((1 - smoothing) q_c + smoothing / C) w_c;  dq_c = g (1 - smoothing) w_c (-log p_c)
 // Moves 3 M C sizeof(T) bytes for M rows, forward and backward: each reads the logits once, the backward writes dx. Of
 // a row, its maximum and log s are kept apart: their sum would be off by half an ulp of the maximum, 5e-4 at 1e4.
-// Reached on two Zen 4 cores at (4096, 30522), forward and backward: 31 and 46 GB/s in fp32, 22 and 35 GB/s in bf16,
-// where a copy makes 30 to 38 GB/s, as it reads what it overwrites. Memory limits fp32, arithmetic bf16.
+// Reached on two Zen 4 cores at (4096, 30522), forward and backward: 34 and 47 GB/s in fp32, 25 and 36 GB/s in bf16,
+// where a loop that only reads makes 36 to 40 GB/s and a streaming copy 46 to 52. 16 values of bf16 take 6.9 and 9.1
+// cycles where a cache holds them, and 7 and 9 to be moved; of the two, hardly more than half runs at the same time.
 //
 // Lanes hold the classes of one row ("along"), or rows, where classes are few or do not come last ("across"). Either
 // way each lane runs an online softmax of its own (Milakov and Gimelshein 2018, arXiv:1805.02867) over blocks of 16
 // values: one exp more for 16, and nothing moves between lanes before a row's end. A reduction adds the rows of a task,
 // then the tasks in order: that order follows from the shape.
-// Tried: blocks of 8, 0.97x; a block kept in registers between its maximum and its sum, 1.06x in bf16, 1x in fp32;
-// the range of long rows from widened numbers instead of words, 1.14x in bf16.
+// Tried: an exp in fixed point of three operations less, 1x; the next row's beginning fetched during a row, 1.01x; 1, 2,
+// 3, 6 and 8 parts instead of 4, 1.01 to 1.1x; blocks of 8, 0.97x; a block kept in registers between its maximum and its
+// sum, 1.06x in bf16, 1x in fp32; the range of long rows from widened numbers instead of words, 1.14x in bf16.
 #include "isa.h"
 
 namespace FASTFT_NAMESPACE {
 namespace {
 
-constexpr int kBlock = 16;                // values of a lane that share one look at the maximum
-constexpr int kChunk = 64;                // registers of logits that share one look at their range: 4 KB, in L1
+constexpr int kBlock = 16;     // values of a lane that share one look at the maximum
+constexpr int kChunk = 128;    // registers of logits that share one look at their range: 8 KB, in L1
+constexpr int kStreams = 4;    // parts of a long row that are walked through side by side
+constexpr int kFetched = 512;  // bytes that each of them is fetched ahead
+constexpr int64_t kPage = 4096;
 constexpr int64_t kShort = 512;           // classes up to which rows are added up L at a time
 constexpr int64_t kTaskLogits = 1 << 15;  // of a task: about 10 us, ten times what handing it out costs
 constexpr int kFar = 60;                  // exponents of the factors that a gradient may be made with
@@ -191,6 +196,25 @@ struct Rows {
   V w_across(int64_t c) const { return broadcast(p.w ? F(to_float(p.w[c])) : F(1)); }
 };
 
+// Long rows are walked through in kStreams parts side by side, as the CPU's own prefetcher ends with a page: a loop that
+// only reads makes 36 GB/s so, not 25. Each is fetched ahead, too, because arithmetic fills the window of a core.
+template <class T>
+struct Parts {
+  static constexpr int P = kLanes<T>;
+  const int64_t registers;  // of one part; none where these would be shorter than a page
+  const int64_t apart = registers * P;
+
+  explicit Parts(int64_t elements)
+      : registers(elements * int64_t(sizeof(T)) < kStreams * kPage ? 0 : elements / (kStreams * P)) {}
+  int64_t elements() const { return apart * kStreams; }
+  int64_t at(int i) const { return i / kStreams * P + i % kStreams * apart; }  // of register i in the order of the walk
+};
+template <class T>
+inline Words<T> fetch_words(const T* p) {
+  __builtin_prefetch(reinterpret_cast<const char*>(p) + kFetched);
+  return load_words(p);
+}
+
 // ---- forward
 
 // What the logits of a group's rows add up to, a row in each lane.
@@ -260,15 +284,16 @@ Totals<typename R::F> along_short(const R& rows, const Group& g) {
 template <class T>
 struct Range {
   using Signed = decltype(Words<T>{} < Words<T>{});
-  Words<T> signed_top, top, bottom;
+  Signed signed_top;
+  Words<T> top, bottom;
 
-  explicit Range(Words<T> words) : signed_top(words), top(words), bottom(words) {}
+  explicit Range(Words<T> words) : signed_top((Signed)words), top(words), bottom(words) {}
   void add(Words<T> words) {
-    signed_top = (Signed)words > (Signed)signed_top ? words : signed_top;
+    signed_top = (Signed)words > signed_top ? (Signed)words : signed_top;
     top = words > top ? words : top;
     bottom = words < bottom ? words : bottom;
   }
-  Words<T> max() const { return (Signed)signed_top < 0 ? bottom : signed_top; }
+  Words<T> max() const { return signed_top < 0 ? bottom : (Words<T>)signed_top; }
   Words<T> min() const { return (Signed)top < 0 ? top : bottom; }
 };
 
@@ -292,6 +317,7 @@ struct Running {
     const V low = lowest_exp(V{}), one = broadcast(F(1));
     Range<T> range(words_at(0));
     V sums[kOf] = {}, outside = {};
+#pragma GCC unroll kStreams
     for (int i = 0; i < n; ++i) {
       const Words<T> words = words_at(i);
       range.add(words);
@@ -327,14 +353,20 @@ Totals<typename R::F> along(const R& rows, int64_t at, int64_t index) {
   constexpr int P = kLanes<T>;
   const T* const x = rows.p.x + at;
   Running<sizeof(typename R::Parameter) == 2, T> running(load_words(x), to_float(x[index]));
+  const Parts<T> parts(rows.C);
   int64_t c = 0;
+  for (int n; (n = int(parts.registers - c / P)) > 0; c += n * P) {
+    n = n < kChunk / kStreams ? n : kChunk / kStreams;
+    running.add(n * kStreams, [&](int i) { return fetch_words(x + c + parts.at(i)); });
+  }
+  c = parts.elements();
   for (int n; (n = int((rows.C - c) / P)) > 0; c += n * P) {
     n = n < kChunk ? n : kChunk;
     running.add(n, [&](int i) { return load_words(x + c + i * P); });
   }
   if (c < rows.C) {  // the last register overlaps what has been seen
     T last[2 * P];
-    for (int i = 0; i < P; ++i) last[P + i] = from_float<T>(-kLargest<typename R::F>);
+    for (int i = 0; i < P; ++i) last[P + i] = from_float<T>(-HUGE_VALF);
     std::memcpy(last, x + rows.C - P, sizeof last / 2);
     running.add(1, [&](int) { return load_words(last + (P - (rows.C - c))); });
   }
@@ -477,6 +509,11 @@ inline __attribute__((always_inline)) int64_t write_words(const R& rows, typenam
   if (rows.streams && rows.C >= 2 * P) {
     store_words(dx, words_at(0));
     c = int64_t(kVectorBytes - uintptr_t(dx) % kVectorBytes) / int64_t(sizeof(T));
+    const Parts<T> parts(rows.C - c);
+    for (const int64_t end = c + parts.apart; c < end; c += P)
+#pragma GCC unroll kStreams
+      for (int i = 0; i < kStreams; ++i) stream(dx + c + i * parts.apart, words_at(c + i * parts.apart));
+    c += parts.elements() - parts.apart;
     for (; c + P <= rows.C; c += P) stream(dx + c, words_at(c));
   }
   for (; c + P <= rows.C; c += P) store_words(dx + c, words_at(c));
@@ -497,7 +534,7 @@ void grad_along_quickly(const R& rows, int64_t at, const Scales<F>& by, F lowest
     return v < low ? V{} : e;
   };
   int64_t c = write_words(rows, dx, [&](int64_t c) {
-    const Words<T> words = load_words(x + c);
+    const Words<T> words = fetch_words(x + c);
     V parts[kParts<T>];
 #pragma GCC unroll 2
     for (int k = 0; k < kParts<T>; ++k) parts[k] = grad(part<T>(words, k));

@@ -39,6 +39,7 @@ def samples(t):
     yield Sample("one row", *labelled(1, 300))
     yield Sample("whole registers and blocks", *labelled(3, 2048))
     yield Sample("one more than whole registers and blocks", *labelled(3, 2049))
+    yield Sample("a vocabulary: long rows in parts", *labelled(3, 20011, ignored=-100))
     yield Sample("no rows", *labelled(0, 5), reduction="sum")
     yield Sample("one dimension", t(11), t.indices(11))
     yield Sample("one dimension, probabilities", t(150), t(150).softmax(0), reduction="none")
