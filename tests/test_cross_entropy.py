@@ -110,6 +110,18 @@ def test_infinite_nan_and_huge_logits_give_what_pytorch_gives(classes, options, 
             assert torch.equal(a.isnan(), b.isnan()) and torch.equal(a.isinf() * a.sign(), b.isinf() * b.sign()), (a, b)
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_a_gradient_that_is_written_past_the_caches_has_the_bits_of_one_that_is_not(dtype, ours, each_isa):
+    classes = 30522
+    rows = (20 << 20) // (classes * dtype.itemsize)  # 20 MB; halves are too small for it
+    input, target = logits(rows, classes, dtype=dtype), torch.arange(rows) * 7 % classes
+    _, whole = loss_and_gradient(cross_entropy, input, target, reduction="sum")
+    halves = zip(input.chunk(2), target.chunk(2), strict=True)
+    assert torch.equal(
+        whole, torch.cat([loss_and_gradient(cross_entropy, *half, reduction="sum")[1] for half in halves])
+    )
+
+
 @pytest.mark.parametrize("classes", (2, 6, 300))
 @pytest.mark.parametrize("ignored", (0, 1, -100))
 @pytest.mark.parametrize("options", ({}, {"weight": True}, {"label_smoothing": 0.2}), ids=str)
