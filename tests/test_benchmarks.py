@@ -122,6 +122,14 @@ def test_whole_jobs_are_compared_with_both_of_the_trainers_samplings(run, tmp_pa
     assert "| x Trainer, by length |" in text and "| 1.00 " in text
 
 
+def test_the_accuracy_of_one_model_is_the_same_whatever_the_order_of_its_batches(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "minilm", lambda: make_checkpoint(tmp_path / "model"))
+    monkeypatch.setattr(datasets, "movie_reviews", lambda: make_reviews(100, seed=0))
+    monkeypatch.setattr("transformers.Trainer.train", lambda self: next(iter(self.get_train_dataloader())))
+    rows, _ = run(finetune, "--job", "reviews", "--texts", "64", "--batch-size", "8")
+    assert len({row["accuracy"] for row in rows}) == 1 and 0 < rows[0]["accuracy"] < 1
+
+
 def test_accuracy_makes_what_is_missing_and_nothing_twice(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(datasets, "minilm", lambda: make_checkpoint(tmp_path / "model"))
     monkeypatch.setattr(datasets, "movie_reviews", lambda: make_reviews(100, seed=0))
