@@ -348,8 +348,9 @@ int64_t tasks_of(GemmQuery q, int phase, double* work, int64_t capacity) {
                    (of_a ? double(kTileRows) / kTileCols<Tile> : 1);
     } else {
       const int64_t row = task / part.col_blocks, col = task % part.col_blocks;
-      work[task] = task_work(double(part.first_tile(row + 1) - part.first_tile(row)),
-                             double(part.first_panel(col + 1) - part.first_panel(col)));
+      const auto panels = double(part.first_panel(col + 1) - part.first_panel(col));
+      work[task] = task_work(double(part.first_tile(row + 1) - part.first_tile(row)), panels) +
+                   (plan.own ? kPackWork * panels : 0);
     }
   return tasks;
 }
