@@ -1,5 +1,7 @@
 """The CPU kernels without PyTorch: NumPy in, NumPy out, against NumPy in float64; then the same under sanitizers."""
 
+import functools
+import itertools
 import os
 import subprocess
 import sys
@@ -74,6 +76,26 @@ def tensors(results):
     }
 
 
+def assert_numpys(suffix, cases, inputs_of, run, in_numpy):
+    """What ``run`` makes of ``inputs_of(sizes, dtypes, seed=seed)`` for all (seed, sizes) is ``in_numpy``'s."""
+    budget = error.Budget(double=suffix == "f64")
+    for seed, sizes in cases:
+        inputs = inputs_of(sizes, DTYPES[suffix], seed=seed)
+        theirs, truth = (in_numpy(**inputs, dtype=dtype) for dtype in (np.float32, np.float64))
+        budget.add(tensors(run(**inputs)), tensors(theirs), tensors(truth), case=str(sizes), seed=seed)
+    budget.check()
+
+
+def assert_same_bits_on_any_number_of_threads(kernels, run):
+    results = []
+    for threads in (1, 2, 5):
+        kernels.set_threads(threads)
+        results.append(run())
+    for other in results[1:]:
+        for name, array in results[0].items():
+            np.testing.assert_array_equal(array, other[name], name)
+
+
 def call(kernels, name, *fields):
     """Runs a kernel on awkward copies of its arrays; returns the copies."""
     copies = [native.exactly(field) if isinstance(field, np.ndarray) else field for field in fields]
@@ -134,25 +156,19 @@ def numpy_linear_act(suffix, activation, x, w, b, dy, dtype):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("suffix", DTYPES)
 def test_linear_act_is_numpys_at_any_size(kernels, suffix, activation):
-    budget = error.Budget(double=suffix == "f64")
-    for seed, sizes in enumerate(SIZES):
-        inputs = linear_act_inputs(sizes, DTYPES[suffix], seed)
-        ours = linear_act(kernels, suffix, activation, **inputs)
-        theirs, truth = (numpy_linear_act(suffix, activation, **inputs, dtype=t) for t in (np.float32, np.float64))
-        budget.add(tensors(ours), tensors(theirs), tensors(truth), case=str(sizes))
-    budget.check()
+    assert_numpys(
+        suffix,
+        enumerate(SIZES),
+        linear_act_inputs,
+        functools.partial(linear_act, kernels, suffix, activation),
+        functools.partial(numpy_linear_act, suffix, activation),
+    )
 
 
 @pytest.mark.parametrize("suffix", DTYPES)
 def test_linear_act_has_the_same_bits_on_any_number_of_threads(kernels, suffix):
     inputs = linear_act_inputs((131, 259, 77), DTYPES[suffix])
-    results = []
-    for threads in (1, 2, 5):
-        kernels.set_threads(threads)
-        results.append(linear_act(kernels, suffix, "gelu", **inputs))
-    for other in results[1:]:
-        for name, array in results[0].items():
-            np.testing.assert_array_equal(array, other[name], name)
+    assert_same_bits_on_any_number_of_threads(kernels, lambda: linear_act(kernels, suffix, "gelu", **inputs))
 
 
 def test_linear_act_leaves_out_what_is_not_wanted(kernels):
@@ -253,14 +269,9 @@ def numpy_layer_norm(suffix, x, residual, w, b, dy, dtype):
 
 @pytest.mark.parametrize("suffix", DTYPES)
 def test_layer_norm_is_numpys_at_any_size(kernels, suffix):
-    budget = error.Budget(double=suffix == "f64")
-    for seed in range(4):
-        for sizes in ROWS:
-            inputs = layer_norm_inputs(sizes, DTYPES[suffix], seed)
-            ours = layer_norm(kernels, suffix, **inputs)
-            theirs, truth = (numpy_layer_norm(suffix, **inputs, dtype=t) for t in (np.float32, np.float64))
-            budget.add(tensors(ours), tensors(theirs), tensors(truth), case=str(sizes), seed=seed)
-    budget.check()
+    cases = itertools.product(range(4), ROWS)
+    run, in_numpy = functools.partial(layer_norm, kernels, suffix), functools.partial(numpy_layer_norm, suffix)
+    assert_numpys(suffix, cases, layer_norm_inputs, run, in_numpy)
 
 
 # ---- embedding: three tables, dropout, a padding row; every id of a short table more often than a partial sum has rows
@@ -327,25 +338,19 @@ def numpy_embedding(suffix, ids, word, position, type, w, b, dy, dtype):
 
 @pytest.mark.parametrize("suffix", DTYPES)
 def test_embedding_is_numpys_at_any_size(kernels, suffix):
-    budget = error.Budget(double=suffix == "f64")
-    for seed, sizes in enumerate(TABLES):
-        inputs = embedding_inputs(sizes, DTYPES[suffix], seed)
-        ours = embedding(kernels, suffix, **inputs)
-        theirs, truth = (numpy_embedding(suffix, **inputs, dtype=t) for t in (np.float32, np.float64))
-        budget.add(tensors(ours), tensors(theirs), tensors(truth), case=str(sizes))
-    budget.check()
+    assert_numpys(
+        suffix,
+        enumerate(TABLES),
+        embedding_inputs,
+        functools.partial(embedding, kernels, suffix),
+        functools.partial(numpy_embedding, suffix),
+    )
 
 
 @pytest.mark.parametrize("suffix", DTYPES)
 def test_embedding_has_the_same_bits_on_any_number_of_threads(kernels, suffix):
     inputs = embedding_inputs((301, 130, 2100, 70, 2), DTYPES[suffix])
-    results = []
-    for threads in (1, 2, 5):
-        kernels.set_threads(threads)
-        results.append(embedding(kernels, suffix, **inputs))
-    for other in results[1:]:
-        for name, array in results[0].items():
-            np.testing.assert_array_equal(array, other[name], name)
+    assert_same_bits_on_any_number_of_threads(kernels, lambda: embedding(kernels, suffix, **inputs))
 
 
 # ---- cross_entropy: class indices, some of them ignored, or probabilities; weights, smoothing, a mean
@@ -410,13 +415,13 @@ def numpy_cross_entropy(suffix, x, target, q, w, dy, dtype):
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])
 @pytest.mark.parametrize("suffix", DTYPES)
 def test_cross_entropy_is_numpys_at_any_size(kernels, suffix, kind):
-    budget = error.Budget(double=suffix == "f64")
-    for seed, sizes in enumerate(LOGITS):
-        inputs = cross_entropy_inputs(sizes, DTYPES[suffix], kind, seed)
-        ours = cross_entropy(kernels, suffix, **inputs)
-        theirs, truth = (numpy_cross_entropy(suffix, **inputs, dtype=t) for t in (np.float32, np.float64))
-        budget.add(tensors(ours), tensors(theirs), tensors(truth), case=str(sizes))
-    budget.check()
+    assert_numpys(
+        suffix,
+        enumerate(LOGITS),
+        functools.partial(cross_entropy_inputs, kind=kind),
+        functools.partial(cross_entropy, kernels, suffix),
+        functools.partial(numpy_cross_entropy, suffix),
+    )
 
 
 def test_the_first_target_out_of_range_is_reported(kernels):
@@ -479,25 +484,19 @@ def numpy_head(suffix, target, x, w, b, dloss, dlogits, dtype):
 
 @pytest.mark.parametrize("suffix", DTYPES)
 def test_head_is_numpys_at_any_size(kernels, suffix):
-    budget = error.Budget(double=suffix == "f64")
-    for seed, sizes in enumerate(BATCHES):
-        inputs = head_inputs(sizes, DTYPES[suffix], seed)
-        ours = head(kernels, suffix, **inputs)
-        theirs, truth = (numpy_head(suffix, **inputs, dtype=t) for t in (np.float32, np.float64))
-        budget.add(tensors(ours), tensors(theirs), tensors(truth), case=str(sizes))
-    budget.check()
+    assert_numpys(
+        suffix,
+        enumerate(BATCHES),
+        head_inputs,
+        functools.partial(head, kernels, suffix),
+        functools.partial(numpy_head, suffix),
+    )
 
 
 @pytest.mark.parametrize("suffix", DTYPES)
 def test_head_has_the_same_bits_on_any_number_of_threads(kernels, suffix):
     inputs = head_inputs((67, 40, 130), DTYPES[suffix])
-    results = []
-    for threads in (1, 2, 5):
-        kernels.set_threads(threads)
-        results.append(head(kernels, suffix, **inputs))
-    for other in results[1:]:
-        for name, array in results[0].items():
-            np.testing.assert_array_equal(array, other[name], name)
+    assert_same_bits_on_any_number_of_threads(kernels, lambda: head(kernels, suffix, **inputs))
 
 
 # ---- attention: a mask of keys, dropout
@@ -553,26 +552,20 @@ def numpy_attention(suffix, q, k, v, dy, keep, dtype):
 
 @pytest.mark.parametrize("suffix", DTYPES)
 def test_attention_is_numpys_at_any_size(kernels, suffix):
-    budget = error.Budget(double=suffix == "f64")
-    for seed, sizes in enumerate(HEADS):
-        inputs = attention_inputs(sizes, DTYPES[suffix], seed)
-        ours = attention(kernels, suffix, **inputs)
-        theirs, truth = (numpy_attention(suffix, **inputs, dtype=t) for t in (np.float32, np.float64))
-        budget.add(tensors(ours), tensors(theirs), tensors(truth), case=str(sizes))
-    budget.check()
+    assert_numpys(
+        suffix,
+        enumerate(HEADS),
+        attention_inputs,
+        functools.partial(attention, kernels, suffix),
+        functools.partial(numpy_attention, suffix),
+    )
 
 
 @pytest.mark.parametrize("causal", [0, 1])
 @pytest.mark.parametrize("suffix", DTYPES)
 def test_attention_has_the_same_bits_on_any_number_of_threads(kernels, suffix, causal):
     inputs = attention_inputs((3, 2, 30, 140, 20), DTYPES[suffix])
-    results = []
-    for threads in (1, 2, 5):
-        kernels.set_threads(threads)
-        results.append(attention(kernels, suffix, **inputs, causal=causal))
-    for other in results[1:]:
-        for name, array in results[0].items():
-            np.testing.assert_array_equal(array, other[name], name)
+    assert_same_bits_on_any_number_of_threads(kernels, lambda: attention(kernels, suffix, **inputs, causal=causal))
 
 
 @pytest.mark.parametrize("sizes", NO_HEADS)

@@ -133,8 +133,7 @@ def _is_plain(input, weight, bias):
 
 def _slower(input, weight, bias, cast):
     device = "cpu" if input.is_cpu else input.device.type
-    (N, K), elements = weight.shape, input.numel()
-    M = elements // K if elements else 0
+    M, (N, K) = _count_rows(input), weight.shape
     shipped = shipped_rule(device, M, K, N)
     if not (facts := _choice.table(device)):
         return shipped
