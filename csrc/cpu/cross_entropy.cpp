@@ -4,17 +4,19 @@
 //   probabilities q:  h = 0  k_c = ((1 - smoothing) q_c + smoothing / C) w_c;  dq_c = g (1 - smoothing) w_c (-log p_c)
 // Moves 3 M C sizeof(T) bytes for M rows, forward and backward: each reads the logits once, the backward writes dx. Of
 // a row, its maximum and log s are kept apart: their sum would be off by half an ulp of the maximum, 5e-4 at 1e4.
-// Reached on two Zen 4 cores at (4096, 30522), forward and backward: 34 and 47 GB/s in fp32, 25 and 36 GB/s in bf16,
-// where a loop that only reads makes 36 to 40 GB/s and a streaming copy 46 to 52. 16 values of bf16 take 6.9 and 9.1
-// cycles where a cache holds them, and 7 and 9 to be moved; of the two, hardly more than half runs at the same time.
+// Reached on two Zen 4 cores at (4096, 30522), forward and backward: 34 and 47 GB/s in fp32, 27 and 43 GB/s in bf16,
+// where a loop that only reads makes 31 (rows of 61 KB) to 36 GB/s (122 KB) and a streaming copy 46 to 52: the CPU's
+// prefetcher ends with a page (with pages of 2 MB, 36 to 38). 16 values of bf16 take 6.8 and 7.9 cycles where a cache
+// holds them, and 8 and 9 to be moved; of the two, hardly more than half runs at the same time.
 //
 // Lanes hold the classes of one row ("along"), or rows, where classes are few or do not come last ("across"). Either
 // way each lane runs an online softmax of its own (Milakov and Gimelshein 2018, arXiv:1805.02867) over blocks of 16
 // values: one exp more for 16, and nothing moves between lanes before a row's end. A reduction adds the rows of a task,
 // then the tasks in order: that order follows from the shape.
 // Tried: an exp in fixed point of three operations less, 1x; the next row's beginning fetched during a row, 1.01x; 1, 2,
-// 3, 6 and 8 parts instead of 4, 1.01 to 1.1x; blocks of 8, 0.97x; a block kept in registers between its maximum and its
-// sum, 1.06x in bf16, 1x in fp32; the range of long rows from widened numbers instead of words, 1.14x in bf16.
+// 3, 6 and 8 parts instead of 4, 1 to 1.1x; fetched into L2, or all of the next row, 1.1 to 1.3x; blocks of 8, 0.97x; a
+// block kept in registers between its maximum and its sum, 1.06x in bf16, 1x in fp32; the range of long rows from
+// widened numbers instead of words, 1.14x in bf16.
 #include "isa.h"
 
 namespace FASTFT_NAMESPACE {
@@ -530,7 +532,7 @@ void grad_along_quickly(const R& rows, int64_t at, const Scales<F>& by, F lowest
   T* const dx = rows.p.dx + at;
   const V max = broadcast(by.max), factor = broadcast(by.softmax), low = broadcast(lowest);
   const auto grad = [&](V x) {
-    const V v = x - max, e = exp_times<sizeof(T) == 2>(v < low ? low : v, factor);
+    const V v = x - max, e = exp_times<sizeof(T) == 2>(v, factor);
     return v < low ? V{} : e;
   };
   int64_t c = write_words(rows, dx, [&](int64_t c) {

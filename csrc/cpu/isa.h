@@ -51,6 +51,34 @@ FASTFT_INLINE Vec<float> times_two_to(Vec<float> x, Vec<float> n) {
 inline Vec<float> lookup(const float* table, Vec<uint32_t> index) {
   return (Vec<float>)_mm512_permutexvar_ps((__m512i)index, _mm512_load_ps(table));
 }
+
+// 2^(j / 16)
+alignas(64) constexpr float kSixteenths[16] = {
+    1.f,         1.04427373f, 1.09050775f, 1.13878858f, 1.18920708f, 1.24185777f, 1.29683959f, 1.35425556f,
+    1.41421354f, 1.47682619f, 1.54221082f, 1.61049032f, 1.68179286f, 1.75625217f, 1.83400810f, 1.91520655f};
+
+// numeric.h's, with n = 16 i + j = round(16 x / ln 2): exp(x) f = p(r) 2^i (2^(j / 16) f), the last looked up, so that p
+// is of degree 1 (2^-13 of the result) or 3 (2.1 ulp) and not of 3 or 5. i and j reach the exponent in one shift: n << 19
+// also adds j << 19, which has been taken off what is looked up.
+template <bool kRough>
+FASTFT_INLINE Vec<float> exp_by_lookup(Vec<float> x, Vec<float> f) {
+  using C = ExpConstants<float>;
+  const Vec<uint32_t> j = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const Vec<uint32_t> table = (Vec<uint32_t>)((Vec<float>)_mm512_load_ps(kSixteenths) * f) - (j << 19);
+  const Vec<float> t = x * (16 * C::log2_e) + C::magic, r = x - (t - C::magic) * (C::ln2 / 16);
+  const Vec<float> p =
+      kRough ? polynomial(r, 0.999960899f, 1.00011730f) : polynomial(r, 0.166662753f, 0.500019550f, 1.f, 1.f);
+  const Vec<uint32_t> bits = (Vec<uint32_t>)t;
+  return p * (Vec<float>)((Vec<uint32_t>)_mm512_permutexvar_epi32((__m512i)bits, (__m512i)table) + (bits << 19));
+}
+template <>
+FASTFT_INLINE Vec<float> exp_times<true>(Vec<float> x, Vec<float> f) {
+  return exp_by_lookup<true>(x, f);
+}
+template <>
+FASTFT_INLINE Vec<float> exp_times<false>(Vec<float> x, Vec<float> f) {
+  return exp_by_lookup<false>(x, f);
+}
 #elif defined(FASTFT_ISA_AVX2)
 inline Vec<float> lookup(const float* table, Vec<uint32_t> index) {  // of 8
   return (Vec<float>)_mm256_permutevar8x32_ps(_mm256_load_ps(table), (__m256i)index);
