@@ -65,12 +65,12 @@ struct LinearActBackward {
   float* dx32 = nullptr;
   const float* add32 = nullptr;
   // CUDA only. dz is wanted where it is given; the other gradients ask for it where there is a z, tensor cores for w as
-  // above. Where they sum dw over `splits` parts of the rows, those partial sums and db's are made in a workspace. Where x is
-  // act(x_preact), dx becomes the gradient of x_preact, and x is made once more.
+  // above. Where they sum dw over `splits` parts of the rows, those partial sums and db's are made in a workspace.
   const T* w_low = nullptr;  // (N, K)
   T* dz = nullptr;           // (M, N)
   float* partial = nullptr;  // (splits, N K + N)
   int64_t splits = 1;
+  // Where x is act(x_preact): dx is the gradient of x_preact (without add), and x is made once more, perhaps in its place.
   const T* x_preact = nullptr;  // (M, K) or null
   T* x_again = nullptr;         // (M, K) or null
   int x_activation = 0;

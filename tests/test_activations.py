@@ -140,6 +140,25 @@ def test_no_error_is_larger_than_numeric_h_states(name, isa):
     assert ulps[worst] <= MAX_ULPS[name], f"{name}({x[worst]}) = {got[worst]}, not {truth[worst]}"
 
 
+def test_a_softmaxs_exponential_is_as_good_as_stated(isa):
+    x = spread(3)["uniform"].float() * 7  # where the result is a normal number
+    truth = torch.exp(x.double())
+    precise, rough = ((ours(name, isa, x) - truth).abs() for name in ("exp_times", "rough_exp"))
+    assert (precise / error.ulps(truth, torch.float32) - x.abs() / 20).max() < 2.6
+    assert (rough / truth).max() < 2**-13
+
+
+def test_what_becomes_a_bfloat16_is_far_closer_than_its_rounding(isa):
+    z = torch.linspace(-8, 8, 100_001)
+    value, slope = ours("rough_gelu", isa, z), ours("rough_gelu_slope", isa, z)
+    true = value_and_slope(torch.nn.functional.gelu, z.double())
+    weight = torch.special.ndtr(z.double())
+    assert ((value - true["f"]).abs() / z.double().abs().clamp(1e-9)).max() < 6.3e-7
+    assert (slope - true["df"]).abs().max() < 2.3e-6
+    tail = (z > -5.25) & (z < 0)  # half an ulp there: 2^-8 to 2^-9 of the value
+    assert ((value / (z.double() * weight) - 1).abs()[tail]).max() < 2**-9
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_float64_functions_are_within_the_error_budget(name, isa):
     budget = error.Budget(double=True)

@@ -5,8 +5,9 @@ import re
 import pytest
 import torch
 
+from fastft import activations
 from fastft.functional import _choice, linear_act
-from fastft.functional.linear_act import reference
+from fastft.functional.linear_act import backward, reference
 from fastft.nn import MLP, LinearAct
 from fastft.testing import error
 from fastft.testing.spec import TensorMaker
@@ -115,6 +116,25 @@ def test_autocast_errors_are_within_the_budget():
             return run(linear_act, seed, torch.float32, True), theirs, truth
 
     error.check(evaluate)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("M, N, K", [(1, 5, 3), (33, 100, 67), (300, 130, 770)])  # of few, and of streamed outputs
+def test_gradient_through_the_activation_that_made_the_input(M, N, K, dtype, in_place):
+    def run(seed, dtype, ours):
+        make = TensorMaker(dtype, seed=seed)
+        preact, weight, grad = make(M, K), make(N, K, scale=N**-0.5), make(M, N)
+        if ours:
+            input = preact if in_place else torch.empty_like(preact)
+            through = activations.index("gelu"), preact, input
+            result, _, _ = backward(0, None, (True, False, False), grad, preact, weight, None, through=through)
+            return {"grad preact": result, "input": input}
+        preact.requires_grad_()
+        input = torch.nn.functional.gelu(preact)
+        return {"grad preact": torch.autograd.grad(input, preact, grad @ weight)[0], "input": input}
+
+    error.check(lambda seed: (run(seed, dtype, True), run(seed, dtype, False), run(seed, torch.float64, False)))
 
 
 @pytest.mark.parametrize("activation", ["identity", "gelu", "tanh", "relu"])

@@ -88,13 +88,47 @@ alignas(64) constexpr float kGeluSlopeTail[7][16] = {
      1.1745727e-5f, -2.016587e-6f, -2.3199277e-6f, -7.572109e-7f, -1.4419729e-7f, -1.828991e-8f, -1.6297849e-9f,
      -1.0494178e-10f, 3.6162277e-8f},
 };
-
+// The same for results that become bf16: of degree 4, 5.7e-7 of Phi and 2.2e-6 of GELU'.
+alignas(64) constexpr float kNormalTailRough[5][16] = {
+    {4.9999997e-1f, 3.0853748e-1f, 1.5865536e-1f, 6.680736e-2f, 2.2750199e-2f, 6.2096347e-3f, 1.3498493e-3f,
+     2.3260193e-4f, 3.166219e-5f, 3.3956467e-6f, 2.8633218e-7f, 1.8953223e-8f, 9.835568e-10f, 3.997284e-11f,
+     1.2711955e-12f, 0.f},
+    {-1.9946916e-1f, -1.7602994e-1f, -1.2098769e-1f, -6.476213e-2f, -2.6996734e-2f, -8.763814e-3f, -2.2153794e-3f,
+     -4.3607343e-4f, -6.683708e-5f, -7.97666e-6f, -7.412823e-7f, -5.3645763e-8f, -3.0236191e-9f, -1.327492e-10f,
+     -4.540955e-12f, 0.f},
+    {-3.0813266e-5f, 2.2004912e-2f, 3.0242264e-2f, 2.4279458e-2f, 1.3495945e-2f, 5.4787733e-3f, 1.6635939e-3f,
+     3.8271022e-4f, 6.722339e-5f, 9.061674e-6f, 9.407506e-7f, 7.541225e-8f, 4.676884e-9f, 2.2473425e-10f, 8.376924e-12f,
+     0.f},
+    {8.481577e-3f, 5.456717e-3f, 3.8420632e-5f, -3.3170749e-3f, -3.3530865e-3f, -1.9231914e-3f, -7.4872014e-4f,
+     -2.0972862e-4f, -4.3425563e-5f, -6.7458127e-6f, -7.933701e-7f, -7.106688e-8f, -4.8685873e-9f, -2.5584046e-10f,
+     -1.0335095e-11f, 0.f},
+    {-3.871581e-4f, -1.2527965e-3f, -1.236563e-3f, -3.6130936e-4f, 2.835839e-4f, 3.6421066e-4f, 2.0136523e-4f,
+     7.045227e-5f, 1.7130516e-5f, 3.0113363e-6f, 3.9081e-7f, 3.7922607e-8f, 2.7744904e-9f, 1.5394042e-10f,
+     6.5050717e-12f, 0.f},
+};
+alignas(64) constexpr float kGeluSlopeTailRough[5][16] = {
+    {4.9999988e-1f, 1.3250504e-1f, -8.33154e-2f, -1.2746927e-1f, -8.523186e-2f, -3.761108e-2f, -1.1945628e-2f,
+     -2.8217547e-3f, -5.0365063e-4f, -6.8530295e-5f, -7.147315e-6f, -5.734174e-7f, -3.5477594e-8f, -1.695842e-9f,
+     -6.2714015e-11f, 0.f},
+    {-3.9893138e-1f, -3.0804607e-1f, -1.2100714e-1f, 1.6171947e-2f, 5.399247e-2f, 3.72547e-2f, 1.5514329e-2f,
+     4.4723274e-3f, 9.3627267e-4f, 1.4562573e-4f, 1.7044184e-5f, 1.5129897e-6f, 1.0239346e-7f, 5.3019606e-9f,
+     2.1058318e-10f, 0.f},
+    {-1.7530017e-4f, 8.250304e-2f, 9.0734236e-2f, 4.2503607e-2f, 4.2640277e-6f, -1.2325103e-2f, -8.311104e-3f,
+     -3.1502505e-3f, -8.029095e-4f, -1.4601977e-4f, -1.9486653e-5f, -1.9385668e-6f, -1.4518412e-7f, -8.239896e-9f,
+     -3.560483e-10f, 0.f},
+    {3.4233674e-2f, 1.6783638e-2f, -9.732182e-3f, -1.7760217e-2f, -9.023089e-3f, -3.643294e-4f, 1.9855883e-3f,
+     1.2448198e-3f, 4.2128307e-4f, 9.4286166e-5f, 1.490715e-5f, 1.7177734e-6f, 1.4684335e-7f, 9.417416e-9f,
+     4.5658044e-10f, 0.f},
+    {-2.2853801e-3f, -6.888221e-3f, -4.9899835e-3f, 7.93276e-4f, 2.7664932e-3f, 1.3393403e-3f, 1.4836479e-5f,
+     -2.605969e-4f, -1.3739348e-4f, -3.932816e-5f, -7.4062123e-6f, -9.794594e-7f, -9.389115e-8f, -6.644532e-9f,
+     -3.5125186e-10f, 0.f},
+};
 #endif
 
 template <int kTerms, int kSteps>
 FASTFT_INLINE Vec<float> from_tail(const float (&table)[kTerms][kSteps], Vec<float> z) {
   constexpr float last = kSteps - 1;
-  const Vec<float> steps = kSteps == 16 ? abs(z) + abs(z) : abs(z), t = steps > last ? splat<Vec<float>>(last) : steps;
+  const Vec<float> steps = kSteps == 16 ? abs(z) + abs(z) : abs(z), t = at_most(steps, last);
   const Vec<float> shifted = t + 8388608.f;  // 2^23 leaves n in the low bits, of which a lookup takes what it needs
   const Vec<float> d = t - (shifted - 8388608.f);
   const auto coefficient = [&](int power) { return lookup(table[power], (Bits<Vec<float>>)shifted); };
@@ -104,13 +138,24 @@ FASTFT_INLINE Vec<float> from_tail(const float (&table)[kTerms][kSteps], Vec<flo
   return z > 0.f ? 1.f - tail : tail;
 }
 
+#if defined(FASTFT_ISA_AVX2)
+static constexpr auto &kNormalTailRough = kNormalTail, &kGeluSlopeTailRough = kGeluSlopeTail;
+#endif
 template <>
-FASTFT_INLINE Vec<float> gelu_weight(Vec<float> z) {
+FASTFT_INLINE Vec<float> gelu_weight<false>(Vec<float> z) {
   return from_tail(kNormalTail, z);
 }
 template <>
-FASTFT_INLINE Vec<float> gelu_slope(Vec<float> z) {
+FASTFT_INLINE Vec<float> gelu_weight<true>(Vec<float> z) {
+  return from_tail(kNormalTailRough, z);
+}
+template <>
+FASTFT_INLINE Vec<float> gelu_slope<false>(Vec<float> z) {
   return from_tail(kGeluSlopeTail, z);
+}
+template <>
+FASTFT_INLINE Vec<float> gelu_slope<true>(Vec<float> z) {
+  return from_tail(kGeluSlopeTailRough, z);
 }
 
 }  // namespace FASTFT_NAMESPACE

@@ -48,8 +48,8 @@ void prefetch_rows(Operand<T> a, int64_t K, int64_t row, int64_t rows, int64_t f
 }
 
 template <class Acc>
-void prefetch_for_write(const Epilogue<Acc>& epilogue, int64_t row, int64_t col, int rows, int cols) {
-  for (const Target& target : epilogue.writes) {
+void prefetch_touched(const Epilogue<Acc>& epilogue, int64_t row, int64_t col, int rows, int cols) {
+  for (const Touched& target : epilogue.touches) {
     if (!target.data) continue;
     for (int i = 0; i < rows; ++i) {
       const char* const line =
@@ -189,7 +189,7 @@ void product(int64_t M, int64_t N, int64_t K, Operand<TA> a, Operand<TB> b,
   const int64_t row_bytes = a.stride * int64_t(sizeof(TA));
   const char* const a_bytes = reinterpret_cast<const char*>(a.data);
   const bool in_place = readable_in_place<Tile>(a, K);
-  const bool fetches = epilogue.writes[0].data || epilogue.writes[1].data;
+  const bool fetches = epilogue.touches[0].data || epilogue.touches[1].data;
   constexpr int64_t kTileUnits = int64_t(kCopyStride) * kTileRows;
 
   const int64_t panel_size = depth * kCols, a_panel_size = depth * kPanelRows;
@@ -284,7 +284,7 @@ void product(int64_t M, int64_t N, int64_t K, Operand<TA> a, Operand<TB> b,
                   (to < depth ? to : 0) * kPanelRows);
           }
           const Unit* const copied = rows_of_a + t * kTileUnits;
-          if (finished && fetches) prefetch_for_write(epilogue, row, col, live, cols);
+          if (finished && fetches) prefetch_touched(epilogue, row, col, live, cols);
           if (a.depth_major)
             tile_of_rows<Tile, 1, kPanelRows>(live, c_tile,
                                               packed_a + row / kTileRows * a_panel_size + from * kPanelRows, b_block,
@@ -299,7 +299,7 @@ void product(int64_t M, int64_t N, int64_t K, Operand<TA> a, Operand<TB> b,
           const int group = fetches ? kRowsAhead : kTileRows;
           for (int i = 0; i < live; i += group) {
             const int some = live - i < group ? live - i : group, next = live - i - some;
-            if (fetches) prefetch_for_write(epilogue, row + i + some, col, next < group ? next : group, cols);
+            if (fetches) prefetch_touched(epilogue, row + i + some, col, next < group ? next : group, cols);
             epilogue.run(epilogue.context, c_tile + i * kCols, row + i, col, some, cols);
           }
         }

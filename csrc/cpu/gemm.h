@@ -14,8 +14,8 @@
 
 namespace FASTFT_NAMESPACE {
 
-struct Target {  // a row-major matrix
-  void* data;    // or null
+struct Touched {  // a row-major matrix
+  void* data;     // or null
   int64_t row_bytes;
   int element_bytes;
 };
@@ -25,7 +25,8 @@ template <class Acc>
 struct Epilogue {
   void (*run)(const void* context, const Acc* tile, int64_t row, int64_t col, int rows, int cols);
   const void* context;
-  Target writes[2];  // if not streamed: fetched into L1 while the tile is computed, as stores that miss cost 2 to 7 %
+  Touched touches
+      [2];  // fetched into L1 while the tile is computed: stores that miss cost 2 to 7 %, where they are not streamed
 };
 
 // T: the dtype of activations, which selects the tile; TA, TB: the operands' own.

@@ -51,6 +51,10 @@ FASTFT_INLINE Vec<float> times_two_to(Vec<float> x, Vec<float> n) {
 inline Vec<float> lookup(const float* table, Vec<uint32_t> index) {
   return (Vec<float>)_mm512_permutexvar_ps((__m512i)index, _mm512_load_ps(table));
 }
+// The smaller one, x if that is NaN. Beside a constant, GCC 12 makes a comparison and a copy of x > limit ? limit : x.
+inline Vec<float> at_most(Vec<float> x, float limit) {
+  return (Vec<float>)_mm512_min_ps(_mm512_set1_ps(limit), (__m512)x);
+}
 
 // 2^(j / 16)
 alignas(64) constexpr float kSixteenths[16] = {
@@ -58,8 +62,8 @@ alignas(64) constexpr float kSixteenths[16] = {
     1.41421354f, 1.47682619f, 1.54221082f, 1.61049032f, 1.68179286f, 1.75625217f, 1.83400810f, 1.91520655f};
 
 // numeric.h's, with n = 16 i + j = round(16 x / ln 2): exp(x) f = p(r) 2^i (2^(j / 16) f), the last looked up, so that p
-// is of degree 1 (2^-13 of the result) or 3 (2.1 ulp) and not of 3 or 5. i and j reach the exponent in one shift: n << 19
-// also adds j << 19, which has been taken off what is looked up.
+// is of degree 1 or 3, not of 3 or 5, with the same errors. i and j reach the exponent in one shift: n << 19 also adds
+// j << 19, which has been taken off what is looked up.
 template <bool kRough>
 FASTFT_INLINE Vec<float> exp_by_lookup(Vec<float> x, Vec<float> f) {
   using C = ExpConstants<float>;
@@ -82,6 +86,9 @@ FASTFT_INLINE Vec<float> exp_times<false>(Vec<float> x, Vec<float> f) {
 #elif defined(FASTFT_ISA_AVX2)
 inline Vec<float> lookup(const float* table, Vec<uint32_t> index) {  // of 8
   return (Vec<float>)_mm256_permutevar8x32_ps(_mm256_load_ps(table), (__m256i)index);
+}
+inline Vec<float> at_most(Vec<float> x, float limit) {
+  return (Vec<float>)_mm256_min_ps(_mm256_set1_ps(limit), (__m256)x);
 }
 #endif
 
@@ -132,12 +139,27 @@ inline Vec<uint32_t> round_bf16(Vec<float> x) {
 
 using HalfBits = typename VecOf<uint16_t, kVectorBytes / 2>::type;  // as many uint16_t as Vec<float> has lanes
 
+// GCC 12 makes 4 to 6 instructions of either conversion.
+#if defined(FASTFT_ISA_AVX512) || defined(FASTFT_ISA_AVX512_BF16)
+inline Vec<uint32_t> widen(HalfBits bits) { return (Vec<uint32_t>)_mm512_cvtepu16_epi32((__m256i)bits); }
+inline HalfBits upper_halves(Vec<uint32_t> bits) { return (HalfBits)_mm512_cvtepi32_epi16((__m512i)(bits >> 16)); }
+#elif defined(FASTFT_ISA_AVX2)
+inline Vec<uint32_t> widen(HalfBits bits) { return (Vec<uint32_t>)_mm256_cvtepu16_epi32((__m128i)bits); }
+inline HalfBits upper_halves(Vec<uint32_t> bits) {
+  const __m256i halves = (__m256i)(bits >> 16);
+  return (HalfBits)_mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(halves, halves), 0x88));
+}
+#else
+inline Vec<uint32_t> widen(HalfBits bits) { return __builtin_convertvector(bits, Vec<uint32_t>); }
+inline HalfBits upper_halves(Vec<uint32_t> bits) { return __builtin_convertvector(bits >> 16, HalfBits); }
+#endif
+
 inline HalfBits to_bf16(Vec<float> x) {
 #if defined(FASTFT_ISA_AVX512_BF16)
   // The instruction rounds likewise, in fewer operations, but takes denormals for zeros.
   if (__builtin_expect(_mm512_fpclass_ps_mask((__m512)x, 0x20) == 0, 1)) return (HalfBits)_mm512_cvtneps_pbh((__m512)x);
 #endif
-  return __builtin_convertvector(round_bf16(x) >> 16, HalfBits);
+  return upper_halves(round_bf16(x));
 }
 
 inline Vec<uint16_t> to_bf16(Vec<float> low, Vec<float> high) {
@@ -165,7 +187,7 @@ inline Vec<double> load(const double* p) {
 inline Vec<uint32_t> load_bits(const bf16* p) {  // of bf16, in the lower half of each lane
   HalfBits h;
   std::memcpy(&h, p, sizeof h);
-  return __builtin_convertvector(h, Vec<uint32_t>);
+  return widen(h);
 }
 inline Vec<uint32_t> load_bits(const float* p) { return round_bf16(load(p)) >> 16; }
 inline Vec<float> load(const bf16* p) { return (Vec<float>)(load_bits(p) << 16); }
@@ -210,9 +232,7 @@ inline void store(float* p, Vec<float> v, int n) { store_some(p, v, n); }
 inline void store(double* p, Vec<double> v, int n) { store_some(p, v, n); }
 inline void store_half_bits(bf16* p, HalfBits v, int n) { store_some(p, v, n); }
 #endif
-inline Vec<uint32_t> load_bits(const bf16* p, int n) {
-  return __builtin_convertvector(load_half_bits(p, n), Vec<uint32_t>);
-}
+inline Vec<uint32_t> load_bits(const bf16* p, int n) { return widen(load_half_bits(p, n)); }
 inline Vec<uint32_t> load_bits(const float* p, int n) { return round_bf16(load(p, n)) >> 16; }
 inline Vec<float> load(const bf16* p, int n) { return (Vec<float>)(load_bits(p, n) << 16); }
 inline void store(bf16* p, Vec<float> v, int n) { store_half_bits(p, to_bf16(v), n); }

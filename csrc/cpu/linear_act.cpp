@@ -21,10 +21,17 @@ bool streams(const T* data, int64_t rows, int64_t cols) {
   return data && rows * row_bytes >= kStreamBytes && (int64_t(uintptr_t(data)) | row_bytes) % kVectorBytes == 0;
 }
 
-// Rows that an epilogue writes, to be fetched first unless they are streamed.
 template <class T>
-Target target(T* data, int64_t cols, bool past_caches) {
-  return {past_caches ? nullptr : data, cols * int64_t(sizeof(T)), int(sizeof(T))};
+constexpr bool kRough = sizeof(T) == 2;
+
+// Rows that an epilogue reads, or writes and does not stream.
+template <class T>
+Touched touched(T* data, int64_t cols) {
+  return {const_cast<std::remove_const_t<T>*>(data), cols * int64_t(sizeof(T)), int(sizeof(T))};
+}
+template <class T>
+Touched written(T* data, int64_t cols, bool past_caches) {
+  return touched(past_caches ? nullptr : data, cols);
 }
 
 template <class T, int kActivation>
@@ -50,7 +57,7 @@ struct ForwardEpilogue {
       for (int j = 0; j < kTileVecs; ++j) v[j] = load(tile + i * kCols + j * L) + load(p.bias + col + j * L);
       if (p.z) put(whole ? p.z + at : z_buffer, v, past_caches);
 #pragma GCC unroll 2
-      for (int j = 0; j < kTileVecs; ++j) v[j] = Act<kActivation>::f(v[j]);
+      for (int j = 0; j < kTileVecs; ++j) v[j] = Act<kActivation>::template f<kRough<T>>(v[j]);
       put(whole ? p.y + at : y_buffer, v, past_caches);
       if (whole) continue;
       std::memcpy(p.y + at, y_buffer, size_t(cols) * sizeof(T));
@@ -99,13 +106,50 @@ struct StoreEpilogue {  // rounds the tile, or its sum with `add`, to the output
   }
 };
 
+// dx = tile act'(z) and y = act(z) once more, where the product's other factor was y.
+template <class T, int kActivation>
+struct ThroughEpilogue {
+  using Acc = Compute<T>;
+  T* const dx;
+  T* const y;  // or null; may be z
+  const T* const z;
+  const int64_t stride;
+  const bool past_caches;
+
+  static void run(const void* context, const Acc* tile, int64_t row, int64_t col, int rows, int cols) {
+    const auto& p = *static_cast<const ThroughEpilogue*>(context);
+    constexpr int kCols = kTileCols<typename TileFor<T>::type>;
+    constexpr int L = kLanes<Acc>;
+    const bool whole = cols == kCols;
+    const bool past_caches = p.past_caches && whole && col * int64_t(sizeof(T)) % kVectorBytes == 0;
+    T dx_buffer[kCols], y_buffer[kCols], z_buffer[kCols] = {};
+    for (int i = 0; i < rows; ++i) {
+      const int64_t at = (row + i) * p.stride + col;
+      const T* z = p.z + at;
+      if (!whole) z = static_cast<const T*>(std::memcpy(z_buffer, z, size_t(cols) * sizeof(T)));
+      Vec<Acc> v[kTileVecs], f[kTileVecs];
+#pragma GCC unroll 2
+      for (int j = 0; j < kTileVecs; ++j) {
+        const Vec<Acc> x = load(z + j * L);
+        f[j] = Act<kActivation>::template f<kRough<T>>(x);
+        v[j] = load(tile + i * kCols + j * L) * Act<kActivation>::template df<kRough<T>>(x);
+      }
+      put(whole ? p.dx + at : dx_buffer, v, past_caches);
+      if (p.y) put(whole ? p.y + at : y_buffer, f, past_caches);
+      if (whole) continue;
+      std::memcpy(p.dx + at, dx_buffer, size_t(cols) * sizeof(T));
+      if (p.y) std::memcpy(p.y + at, y_buffer, size_t(cols) * sizeof(T));
+    }
+  }
+};
+
 // A row of dz = dy act'(z), whole registers, and its sum onto the rows before it. dz may be null, and sum.
 template <int kActivation, class T>
 __attribute__((noinline)) void grad_preact_row(T* dz, Compute<T>* sum, const T* dy, const T* z, int64_t N, bool first) {
   using Acc = Compute<T>;
   for (int64_t j = 0; j < N; j += kLanes<Acc>) {
     Vec<Acc> v = load(dy + j);
-    if constexpr (kActivation != kIdentity) v *= Act<kActivation>::df(load(z + j));
+    if constexpr (kActivation != kIdentity) v *= Act<kActivation>::template df<kRough<T>>(load(z + j));
     if (dz) store(dz + j, v);
     if (sum) store(sum + j, first ? v : load(sum + j) + v);
   }
@@ -115,7 +159,7 @@ __attribute__((noinline)) void grad_preact_row(T* dz, Compute<T>* sum, const T* 
 template <int kActivation, class T>
 __attribute__((noinline)) void activation_row(T* y, const T* z, int64_t N) {
   using Acc = Compute<T>;
-  for (int64_t j = 0; j < N; j += kLanes<Acc>) store(y + j, Act<kActivation>::f(load(z + j)));
+  for (int64_t j = 0; j < N; j += kLanes<Acc>) store(y + j, Act<kActivation>::template f<kRough<T>>(load(z + j)));
 }
 
 // dz and the sums of its columns over each kSumRows rows (chunks, N), in one pass, and y = act(z) again. dz is null for
@@ -173,7 +217,7 @@ void linear_act_forward(const LinearActForward<T, W>& p, const Host& host) {
     const ForwardEpilogue<T, activation.value> epilogue{p.y, p.z, bias, p.N, past_caches};
     with_input<T, W>(p, [&](const auto* x) {
       gemm<T>(p.M, p.N, p.K, operand(x, p.K, false), Operand<W>{p.w, p.K, false},
-              {&epilogue.run, &epilogue, {target(p.y, p.N, past_caches), target(p.z, p.N, past_caches)}}, host);
+              {&epilogue.run, &epilogue, {written(p.y, p.N, past_caches), written(p.z, p.N, past_caches)}}, host);
     });
   });
 }
@@ -194,16 +238,25 @@ void linear_act_backward(const LinearActBackward<T, W>& p, const Host& host) {
     using Out = std::remove_pointer_t<decltype(dx)>;
     const StoreEpilogue<T, Out> epilogue{dx, add, p.K, streams(dx, p.M, p.K)};
     gemm<T>(p.M, p.K, p.N, Operand<T>{dz, p.N, false}, Operand<W>{p.w, p.K, true},
-            {&epilogue.run, &epilogue, {target(dx, p.K, epilogue.past_caches), {}}}, host);
+            {&epilogue.run, &epilogue, {written(dx, p.K, epilogue.past_caches), {}}}, host);
   };
-  if (p.dx) grad_input(p.dx, p.add);
+  if (p.x_preact) {
+    dispatch_activation(p.x_activation, [&](auto activation) {
+      const bool past_caches = streams(p.dx, p.M, p.K) && (!p.x_again || streams(p.x_again, p.M, p.K));
+      const ThroughEpilogue<T, activation.value> epilogue{p.dx, p.x_again, p.x_preact, p.K, past_caches};
+      gemm<T>(p.M, p.K, p.N, Operand<T>{dz, p.N, false}, Operand<W>{p.w, p.K, true},
+              {&epilogue.run, &epilogue, {written(p.dx, p.K, past_caches), touched(p.x_preact, p.K)}}, host);
+    });
+  } else if (p.dx) {
+    grad_input(p.dx, p.add);
+  }
   if constexpr (kTakesFloat<T, W>)
     if (p.dx32) grad_input(p.dx32, p.add32);
   if (p.dw) {
     const StoreEpilogue<T, W> epilogue{p.dw, nullptr, p.K, streams(p.dw, p.N, p.K)};
     with_input<T, W>(p, [&](const auto* x) {
       gemm<T>(p.N, p.K, p.M, Operand<T>{dz, p.N, true}, operand(x, p.K, true),
-              {&epilogue.run, &epilogue, {target(p.dw, p.K, epilogue.past_caches), {}}}, host);
+              {&epilogue.run, &epilogue, {written(p.dw, p.K, epilogue.past_caches), {}}}, host);
     });
   }
 }

@@ -215,8 +215,8 @@ def backward(activation, preact, wanted, grad_output, input, weight, bias, add=N
 
 
 def goes_through_activation(grads, weight):
-    """Whether :func:`backward` takes ``through``: on CUDA, where the product is ours, its epilogue has the time."""
-    return grads.is_cuda and not _multiplied_by_torch(grads, grads.dtype, True, *weight.shape)
+    """Whether :func:`backward` takes ``through``: where the product is ours."""
+    return not _multiplied_by_torch(grads, grads.dtype, True, *weight.shape)
 
 
 # ---- on CUDA: PyTorch's products with our kernel before or after them

@@ -10,16 +10,25 @@
 namespace FASTFT_NAMESPACE {
 namespace {
 
-#define FASTFT_NUMERIC(X)            \
-  X(exp, exp(x))                     \
-  X(expm1, expm1(x))                 \
-  X(log, log(x))                     \
-  X(log1p, log1p(x))                 \
-  X(tanh, tanh(x))                   \
-  X(sigmoid, sigmoid(x))             \
-  X(sigmoid_slope, sigmoid_slope(x)) \
-  X(normal_cdf, normal(x).cdf)       \
-  X(normal_pdf, normal(x).pdf)
+#define FASTFT_NUMERIC(X)               \
+  X(exp, exp(x))                        \
+  X(expm1, expm1(x))                    \
+  X(log, log(x))                        \
+  X(log1p, log1p(x))                    \
+  X(tanh, tanh(x))                      \
+  X(sigmoid, sigmoid(x))                \
+  X(sigmoid_slope, sigmoid_slope(x))    \
+  X(normal_cdf, normal(x).cdf)          \
+  X(normal_pdf, normal(x).pdf)          \
+  X(exp_times, times_one<false>(x))     \
+  X(rough_exp, times_one<true>(x))      \
+  X(rough_gelu, Act<kGelu>::f<true>(x)) \
+  X(rough_gelu_slope, Act<kGelu>::df<true>(x))
+
+template <bool kRough, class F>
+FASTFT_INLINE F times_one(F x) {
+  return exp_times<kRough>(x, splat<F>(1));
+}
 
 template <class F, class Op>
 void over(F* y, const F* x, int64_t n, Op op) {
