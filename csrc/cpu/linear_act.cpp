@@ -3,6 +3,8 @@
 // Floor: 2 M N K FLOPs at the FMA peak, for each of the three products; what is added to them is under 2 % at K >= 384:
 //   forward   bias and activation on each tile while it is in L1; y and z are written once.
 //   backward  one pass makes dz and the sums of its columns (reads dy and z, writes dz: 3 M N sizeof(T)); identity needs no dz.
+//             Where x = act(x_preact), the gradient of x_preact is made of each tile of dx, and no dz by the layer before.
+// Tried: the registers that a tile streams written one in each step of the next tile, 0.97 to 1 of the speed.
 // Products accumulate in fp32 (fp64 for fp64) and are rounded once, at the store; dz is rounded to T, as PyTorch's is.
 #include <type_traits>
 
