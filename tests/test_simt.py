@@ -14,6 +14,7 @@ import simt
 import small_models
 import test_encoder_layer
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastft
 import setup
@@ -285,6 +286,52 @@ def test_a_whole_model_packs_by_the_lengths_of_its_mask(gpu, monkeypatch):
     assert rows and all(len(packed) < 66 for packed in rows)  # of 6 sequences of 11
     kinds = {name.rpartition("_f32")[0] for name in gpu}
     assert kinds >= {"pack_rows", "unpack_rows", "attention_backward", "layer_norm_backward", "embedding_scatter"}
+
+
+class NeverWaits(TorchDispatchMode):
+    """Fails where the host would wait for a GPU: for a number, or for how many there are."""
+
+    WAITS = ("_local_scalar_dense", "equal", "is_nonzero", "masked_select", "nonzero", "unique")
+
+    def __init__(self):
+        super().__init__()
+        self.made_of_numbers = []  # torch.tensor's, which the host has
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::")
+        masks = [i for i in args[1] if i is not None and i.dtype == torch.bool] if name.startswith("index") else ()
+        if name.startswith(self.WAITS) or masks:
+            assert any(args[0] is known for known in self.made_of_numbers), f"{func} waits"
+        result = func(*args, **(kwargs or {}))
+        if name == "lift_fresh":
+            self.made_of_numbers.append(result)
+        return result
+
+
+BERT, *OTHERS = small_models.ARCHITECTURES[1:]
+
+
+@pytest.mark.parametrize("lengths", ["uneven", "full"])
+@pytest.mark.parametrize(
+    ("architecture", "way"),
+    [(BERT, "cls_only"), (BERT, "low"), (BERT, "autocast"), *((other, "cls_only") for other in OTHERS)],
+)
+def test_the_host_waits_for_nothing_in_a_whole_step(architecture, way, lengths, gpu, monkeypatch):
+    monkeypatch.setattr(encoder, "_is_on_gpu", lambda tensor: True)
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: pytest.fail("tolist waits"))
+    model = small_models.build(architecture, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
+    fastft.optimize(model, cls_only=way == "cls_only", activation_memory="low" if way == "low" else "fast")
+    optimizer = fastft.optim.AdamW(model.parameters(), max_grad_norm=1.0)
+    inputs, of = small_models.batch(0), [11] * 6 if lengths == "full" else [5, 11, 3, 1, 7, 9]
+    inputs["attention_mask"] = with_lengths((torch.arange(11) < torch.tensor(of)[:, None]).long(), of)
+    before = [parameter.clone() for parameter in model.parameters()]
+    with NeverWaits(), torch.autocast("cpu", torch.bfloat16, enabled=way == "autocast"):
+        loss = model(**inputs).loss
+        loss.backward()
+        optimizer.step()
+    assert loss.isfinite() and not all(map(torch.equal, before, model.parameters()))
+    assert {"adamw", "attention", "embedding", "grad", "layer"} <= {name.partition("_")[0] for name in gpu}
+    assert any(name.startswith("pack_rows") for name in gpu) == (lengths == "uneven")
 
 
 # ---- the optimizer's passes, apart from test_optim.py's budget

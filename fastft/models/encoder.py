@@ -243,7 +243,7 @@ class Model(Swapped):
             return super().forward(*args, **kwargs)
         unseen = all(is_sharded(module) or not watched(module) for module in (self, inner))
         mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
-        if lengths_of(mask) is not None:  # which are nobody else's business
+        if lengths_of(mask) is not None and not _is_on_gpu(mask):  # there transformers would wait for a plain one
             args, kwargs = (*args[:1], plain(mask), *args[2:]) if len(args) > 1 else args, dict(kwargs)
             if "attention_mask" in kwargs:
                 kwargs["attention_mask"] = plain(mask)
