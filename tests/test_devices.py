@@ -1,8 +1,10 @@
 """Tensors on different devices: one sentence that names both, before anything is read. The other one here is meta."""
 
 import pytest
+import small_models
 import torch
 
+import fastft
 from fastft import functional
 from fastft.functional._choice import use_backend
 from fastft.functional.embedding import embeddings
@@ -57,3 +59,15 @@ def test_tensors_on_different_devices_are_named(said, backend):
     for call in CASES[said]:
         with use_backend(backend), pytest.raises((ValueError, RuntimeError), match=said):
             call()
+
+
+@pytest.mark.parametrize("architecture", small_models.ARCHITECTURES)
+def test_a_layer_on_another_device_than_what_it_gets_is_named(architecture):
+    model = fastft.optimize(small_models.build(architecture).eval())
+    layers = getattr(model.base_model, "encoder", None) or model.base_model.transformer
+    layers.layer[1].to("meta")
+    inputs = small_models.batch(0, rows=16)  # more than few rows
+    with pytest.raises((ValueError, RuntimeError), match="weight is on meta, input on cpu"):
+        model(
+            **({k: v for k, v in inputs.items() if k != "labels"} if architecture is small_models.BertModel else inputs)
+        )

@@ -160,7 +160,9 @@ def runs_here(hidden_states, attention_mask, parameters):
     is_slower = hidden_states.is_cpu and hidden_states.shape[:-1].numel() < FEW_ROWS
     if _choice.backend() == "torch" or (_choice.backend() == "auto" and is_slower):
         return False
-    if hidden_states.dim() != 3 or len({p.dtype for p in parameters}) != 1:
+    if hidden_states.dim() != 3 or {(p.dtype, p.device) for p in parameters} != {
+        (parameters[0].dtype, hidden_states.device)
+    }:
         return False
     compute = _autograd.autocast_dtype(hidden_states) or hidden_states.dtype
     if parameters[0].dtype != hidden_states.dtype and (parameters[0].dtype, hidden_states.dtype) != (
