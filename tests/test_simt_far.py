@@ -90,11 +90,11 @@ def cross_entropy_of_a_block(t):
 
 
 def cross_entropy_of_places(t):
-    """Of each class all places lie side by side, the last of them more than 2^31 elements behind the first."""
-    x = torch.empty(1, 3, t.count, dtype=t.dtype)
+    """Of each class all places lie side by side, those of the last one more than 2^31 elements behind the first's."""
+    x = torch.empty(1, 4, t.count, dtype=t.dtype)
     for of_class in x[0]:
-        of_class.copy_(t()) if t.count == LAST else of_class[-ZEROS:].copy_(t()[-ZEROS:])
-    target, loss, dx, stats = t.indices(2, 0, 1)[None], t.empty()[None], torch.empty_like(x), torch.empty(2, t.count)
+        of_class[-ZEROS:] = t()[-ZEROS:]
+    target, loss, dx, stats = t.indices(2, 3, 1)[None], t.empty()[None], torch.empty_like(x), torch.empty(2, t.count)
     torch.ops.fastft.cross_entropy_forward(loss, stats, None, None, x, target, None, -100, 0.0, 0)
     torch.ops.fastft.cross_entropy_backward(dx, None, t()[None], stats, None, x, target, None, -100, 0.0, 0)
     return loss[0], *dx[0], *stats
@@ -120,7 +120,7 @@ def linear_act_of_many_inputs(t):
 
 def head(t):
     x, w, b, target = t(H), t.parameter(5, H), t.parameter(5), t.indices(4, 0, 2)
-    loss, logits, dx = t.dtype and torch.empty((), dtype=t.dtype), t.empty(5), t.empty(H)
+    loss, logits, dx = torch.empty((), dtype=t.dtype), t.empty(5), t.empty(H)
     stats, divisor = torch.empty(2, t.count), torch.ones(())
     torch.ops.fastft.head_forward(loss, logits, stats, divisor, None, None, x, w, b, target, -100, None, 0, 0)
     gradient = None, t(5), logits, stats, divisor
@@ -129,8 +129,9 @@ def head(t):
 
 
 def packing(t):
-    packed, starts = t(H), torch.tensor([0, t.count], dtype=torch.int32)
-    padded, again = torch.empty(1, t.count + 2, H, dtype=t.dtype), t.empty(H)
+    """Of rows that are copied two bytes at a time."""
+    packed, starts = t(H + 1), torch.tensor([0, t.count], dtype=torch.int32)
+    padded, again = torch.empty(1, t.count + 2, H + 1, dtype=t.dtype), t.empty(H + 1)
     torch.ops.fastft.unpack_rows(padded, packed, starts)
     torch.ops.fastft.pack_rows(again, padded, None, starts)
     return padded[0], again
@@ -138,7 +139,7 @@ def packing(t):
 
 def optimizer(t):
     p, g, m, v = t(), t(), t(), t()
-    v.abs_() if t.count == LAST else v[-ZEROS:].abs_()
+    v[-ZEROS:].abs_()
     torch.ops.fastft.adamw([p], [g], [m], [v], [torch.tensor(3.0)], None, 1e-3, 0.9, 0.99, 1e-8, 0.01, False)
     torch.ops.fastft.scale_grads([g], p.new_full((), 0.75))
     return p, m, v, g
