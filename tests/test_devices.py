@@ -1,11 +1,15 @@
 """Tensors on different devices: one sentence that names both, before anything is read. The other one here is meta."""
 
+import subprocess
+import sys
+
 import pytest
 import small_models
 import torch
 
 import fastft
-from fastft import functional
+import setup
+from fastft import _library, functional
 from fastft.functional._choice import use_backend
 from fastft.functional.embedding import embeddings
 
@@ -71,3 +75,10 @@ def test_a_layer_on_another_device_than_what_it_gets_is_named(architecture):
         model(
             **({k: v for k, v in inputs.items() if k != "labels"} if architecture is small_models.BertModel else inputs)
         )
+
+
+@pytest.mark.skipif(not _library.available(), reason=f"no native library: {_library.why_not()}")
+def test_what_python_does_on_a_gpu_runs_on_tensors_that_claim_to_be_there():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/on_fake_gpu.py"]
+    done = subprocess.run(command, cwd=setup.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-8000:]

@@ -268,8 +268,9 @@ def test_a_mask_that_is_not_what_its_lengths_say_is_an_error(gpu):
         packing.pack(torch.randn(3, 9, 8), present, starts, sum(LENGTHS))
 
 
-def test_a_whole_model_packs_by_the_lengths_of_its_mask(gpu, monkeypatch):
-    """Loss, logits and gradients, beside stock's; the mask is never waited for."""
+@pytest.mark.parametrize(("cls_only", "autocast"), [(False, None), ("auto", torch.bfloat16)], ids=str)
+def test_a_whole_model_packs_by_the_lengths_of_its_mask(cls_only, autocast, gpu, monkeypatch):
+    """Loss, logits and gradients, beside stock's."""
     monkeypatch.setattr(encoder, "_is_on_gpu", lambda tensor: True)
     rows = []
     monkeypatch.setattr(encoder, "pack", lambda *args: rows.append(packing.pack(*args)) or rows[-1])
@@ -282,10 +283,10 @@ def test_a_whole_model_packs_by_the_lengths_of_its_mask(gpu, monkeypatch):
         return inputs | {"attention_mask": mask}
 
     model = small_models.build()
-    error.check_model(fastft.optimize(copy.deepcopy(model), cls_only=False), model, batch)
+    error.check_model(fastft.optimize(copy.deepcopy(model), cls_only=cls_only), model, batch, autocast)
     assert rows and all(len(packed) < 66 for packed in rows)  # of 6 sequences of 11
-    kinds = {name.rpartition("_f32")[0] for name in gpu}
-    assert kinds >= {"pack_rows", "unpack_rows", "attention_backward", "layer_norm_backward", "embedding_scatter"}
+    for kind in ("pack_rows", "unpack_rows", "attention_backward", "layer_norm_backward", "embedding_scatter"):
+        assert any(name.startswith(kind) for name in gpu), kind
 
 
 class NeverWaits(TorchDispatchMode):
@@ -308,20 +309,13 @@ class NeverWaits(TorchDispatchMode):
         return result
 
 
-BERT, *OTHERS = small_models.ARCHITECTURES[1:]
-
-
-@pytest.mark.parametrize("lengths", ["uneven", "full"])
-@pytest.mark.parametrize(
-    ("architecture", "way"),
-    [(BERT, "cls_only"), (BERT, "low"), (BERT, "autocast"), *((other, "cls_only") for other in OTHERS)],
-)
-def test_the_host_waits_for_nothing_in_a_whole_step(architecture, way, lengths, gpu, monkeypatch):
+@pytest.mark.parametrize(("way", "lengths"), [("float32", "uneven"), ("float32", "full"), ("autocast", "uneven")])
+def test_the_host_waits_for_nothing_in_a_whole_step(way, lengths, gpu, monkeypatch):
+    """As on_fake_gpu.py has it, but for transformers' masks, which it makes of fake tensors in another way."""
     monkeypatch.setattr(encoder, "_is_on_gpu", lambda tensor: True)
     monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: pytest.fail("tolist waits"))
-    model = small_models.build(architecture, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
-    fastft.optimize(model, cls_only=way == "cls_only", activation_memory="low" if way == "low" else "fast")
-    optimizer = fastft.optim.AdamW(model.parameters(), max_grad_norm=1.0)
+    model = small_models.build(hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
+    optimizer = fastft.optim.AdamW(fastft.optimize(model).parameters(), max_grad_norm=1.0)
     inputs, of = small_models.batch(0), [11] * 6 if lengths == "full" else [5, 11, 3, 1, 7, 9]
     inputs["attention_mask"] = with_lengths((torch.arange(11) < torch.tensor(of)[:, None]).long(), of)
     before = [parameter.clone() for parameter in model.parameters()]
@@ -330,7 +324,7 @@ def test_the_host_waits_for_nothing_in_a_whole_step(architecture, way, lengths, 
         loss.backward()
         optimizer.step()
     assert loss.isfinite() and not all(map(torch.equal, before, model.parameters()))
-    assert {"adamw", "attention", "embedding", "grad", "layer"} <= {name.partition("_")[0] for name in gpu}
+    assert {"adamw", "attention", "embedding", "grad", "head", "layer"} <= {name.partition("_")[0] for name in gpu}
     assert any(name.startswith("pack_rows") for name in gpu) == (lengths == "uneven")
 
 
