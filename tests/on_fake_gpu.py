@@ -58,7 +58,7 @@ class Kernels(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.names = []
+        self.names, self.masked = [], False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "fastft" and func._schema.is_mutable:
@@ -66,6 +66,7 @@ class Kernels(TorchDispatchMode):
             given = [arg for arg, of in zip(args, func._schema.arguments, strict=False) if of.name != "steps"]
             devices = {leaf.device for leaf in tree_leaves((given, kwargs)) if isinstance(leaf, torch.Tensor)}
             assert devices == {GPU}, (func, devices)
+            self.masked |= self.names[-1] == "attention_forward" and args[5] is not None
         return func(*args, **(kwargs or {}))
 
 
@@ -137,6 +138,7 @@ def test_a_whole_step_runs_our_kernels_and_waits_for_nothing(architecture, way, 
     known = {"uneven": (5, 11, 3, 1, 7, 9), "full": (11,) * 6, "unknown": None}[lengths]
     mask = torch.ones(6, 11, dtype=torch.long)
     monkeypatch.setattr(encoder, "lengths_of", lambda of: known if of is mask else None)
+    monkeypatch.setattr(encoder, "_for_stock", lambda mask: None if lengths == "full" else mask)
     inputs = {"input_ids": torch.ones_like(mask), "attention_mask": mask, "labels": torch.ones(6, dtype=torch.long)}
 
     def leaf(parameter, grad):
@@ -154,7 +156,7 @@ def test_a_whole_step_runs_our_kernels_and_waits_for_nothing(architecture, way, 
         f"{op}_{way}" for op in ("attention", "layer_norm", "embedding", "head") for way in ("forward", "backward")
     }
     assert ran >= {"linear_act_backward", "embedding_scatter", "grad_norm", "adamw"}
-    assert ("pack_rows" in ran) == (lengths == "uneven")
+    assert ("pack_rows" in ran) == (lengths == "uneven") and kernels.masked == (lengths == "unknown")
     assert ("linear_act_forward" in ran) == (backend == "fastft")
 
 

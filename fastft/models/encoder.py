@@ -245,10 +245,11 @@ class Model(Swapped):
             return super().forward(*args, **kwargs)
         unseen = all(is_sharded(module) or not watched(module) for module in (self, inner))
         mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
-        if lengths_of(mask) is not None and not _is_on_gpu(mask):  # there transformers would wait for a plain one
-            args, kwargs = (*args[:1], plain(mask), *args[2:]) if len(args) > 1 else args, dict(kwargs)
+        if lengths_of(mask) is not None:
+            given = _for_stock(mask)
+            args, kwargs = (*args[:1], given, *args[2:]) if len(args) > 1 else args, dict(kwargs)
             if "attention_mask" in kwargs:
-                kwargs["attention_mask"] = plain(mask)
+                kwargs["attention_mask"] = given
         handed = Handed(
             mask,
             self._fastft_first_only and unseen and self._fastft_reads_first_only(),
@@ -267,6 +268,14 @@ class Model(Swapped):
         finally:
             for module in told:
                 del module._fastft_handed
+
+
+def _for_stock(mask):
+    """The mask as transformers gets it: on the CPU without its lengths, which are nobody else's business. On a GPU with
+    them, as it would wait for a plain one; or None where nothing is padding, for attention without a mask."""
+    if not _is_on_gpu(mask):
+        return plain(mask)
+    return None if mask.all() else mask
 
 
 def _only_encodes(kwargs):
