@@ -38,7 +38,7 @@ TABLE = {
     "attention_sm80.cu tensor_grad_key_kernel": Kernel(128, (4, 8), dynamic=88064, tensor_cores=True, wide=True),
     "attention_sm80.cu tensor_grad_query_kernel": Kernel(128, (4, 8), dynamic=88064, tensor_cores=True, wide=True),
     "attention_sm80.cu tensor_forward_kernel": Kernel(128, (8, 8), dynamic=70656, tensor_cores=True, wide=True),
-    "cross_entropy.cu backward_kernel": Kernel(256, (16, 16), wide=True),  # of soft targets; the others 24
+    "cross_entropy.cu backward_kernel": Kernel(256, (16, 16), wide=True),  # of soft targets in 16 bits
     "cross_entropy.cu reduce_kernel": Kernel(256, (48, 48)),
     "cross_entropy.cu forward_kernel": Kernel(256, (16, 16), wide=True),
     "embedding.cu embedding_backward_kernel": Kernel(128, (16, 16), dynamic=TWICE_HELD, wide=True),
