@@ -1,6 +1,7 @@
 """Loads libfastft.so, or says in one sentence why not; asks it what it holds and switches its instruction set."""
 
 import contextlib
+import ctypes
 import functools
 import json
 import os
@@ -130,31 +131,44 @@ def has_cuda():
 
 
 def why_not_gpu(index=0):
-    """None if our CUDA kernels run on that GPU, else one sentence that says why not."""
+    """None if our CUDA kernels run on that GPU, else one sentence that says why not. Every tensor of a step is asked
+    for: found out once."""
+    if index is None:
+        import torch
+
+        index = torch.cuda.current_device() if torch.cuda.is_available() else 0
+    return _why_not_gpu(index)
+
+
+@functools.cache
+def _why_not_gpu(index):
     if not has_cuda():
         return "fastft was built without CUDA"
     import torch
 
     if not torch.cuda.is_available():  # a tensor that only pretends to be on one
         return None
-    return _why_not_gpu(torch.cuda.current_device() if index is None else index)
-
-
-@functools.cache
-def _why_not_gpu(index):
-    import torch
-
     info = build_info()
     name, capability = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
-    return why_not_driver(torch._C._cuda_getDriverVersion(), info.get("nvcc")) or why_not_capability(
+    return why_not_driver(_driver_version(), info.get("nvcc")) or why_not_capability(
         name, capability, info.get("archs", ())
     )
+
+
+def _driver_version():
+    """The newest CUDA that the NVIDIA driver supports (13000), asked of itself; None where it does not tell."""
+    version = ctypes.c_int()
+    try:
+        failed = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (AttributeError, OSError):
+        return None
+    return None if failed else version.value
 
 
 def why_not_driver(version, nvcc):
     """None if a driver that supports CUDA ``version`` (13000) runs what this nvcc built ("release 13.0, V13.0.88")."""
     built = re.search(r"release (\d+)\.(\d+)", nvcc or "")
-    if not built or version // 1000 >= int(built[1]):  # within a major version any driver runs it
+    if not built or version is None or version // 1000 >= int(built[1]):  # within a major version any driver runs it
         return None
     supported = f"{version // 1000}.{version % 1000 // 10}"
     return (

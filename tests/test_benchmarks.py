@@ -4,6 +4,7 @@ import contextlib
 import csv
 import json
 import os
+import re
 import sys
 import time
 import types
@@ -232,6 +233,67 @@ def test_checks_that_fail_are_named(rehearsal, monkeypatch):
         gpu.test(rehearsal)
     rehearsal.deadline = time.monotonic() - 1
     assert gpu.test(rehearsal) == "0 checks passed, 5 were not reached"
+
+
+def test_a_gpu_after_whose_error_nothing_runs_ends_the_checks(rehearsal, monkeypatch):
+    def wrong():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(gpu, "checks", lambda run: iter([("this one", wrong), ("another", wrong)]))
+    with pytest.raises(AssertionError, match="2 of 2 checks failed"):
+        gpu.test(rehearsal)
+    monkeypatch.setattr(gpu, "_is_lost", lambda device: True)
+    with pytest.raises(AssertionError, match=r"1 of 1 checks failed\nthis one: .*; nothing more runs in this process"):
+        gpu.test(rehearsal)
+
+
+@pytest.mark.parametrize("name", gpu.FAR)
+def test_last_rows_that_are_not_what_they_are_alone_are_an_error(name):
+    gpu._check_far(gpu.FAR[name], 2**14, "cpu")
+    with pytest.raises(AssertionError, match=r"\(19, 1024\): the last rows are not what they are alone"):
+        gpu._check_far(lambda rows: gpu.FAR[name](rows) + len(rows), 2**14, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("output", "status", "has_cuda", "why_not", "said"),
+    [
+        ("", 0, True, "", "built"),
+        ("", 0, True, "fastft has no code for a GPU", "fastft has no code for a GPU"),
+        ("FASTFT_CUDA is 1, but no nvcc was found", 1, True, "", "the library was there, and there is no nvcc"),
+        (
+            "FASTFT_CUDA is 1, but no nvcc was found",
+            1,
+            False,
+            "",
+            "setup.py failed: FASTFT_CUDA is 1, but no nvcc was found",
+        ),
+        ("error: expected ';'", 1, True, "", "setup.py failed: error: expected ';'"),
+    ],
+)
+def test_the_library_is_brought_up_to_date_or_what_is_wrong_is_said(
+    output, status, has_cuda, why_not, said, rehearsal, monkeypatch
+):
+    def run(command, **options):
+        if "-c" in command:
+            return types.SimpleNamespace(stdout=why_not + "\n", returncode=0)
+        assert options["env"]["FASTFT_CUDA"] == "1"
+        return types.SimpleNamespace(stdout=output.encode(), returncode=status)
+
+    rehearsal.device = "cuda"
+    monkeypatch.setattr(gpu.subprocess, "run", run)
+    monkeypatch.setattr(gpu._library, "has_cuda", lambda: has_cuda)
+    if said in ("built", "the library was there, and there is no nvcc"):
+        assert gpu.build(rehearsal) == said
+    else:
+        with pytest.raises(RuntimeError, match=re.escape(said)):
+            gpu.build(rehearsal)
+
+
+def test_without_a_library_nothing_else_is_measured(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, "PARTS", {name: gpu.Part(None, 30.0) for name in ("build", "ops")})
+    monkeypatch.setattr(gpu, "_child", lambda name, *_: [sys.executable, "-c", "raise SystemExit('no nvcc')"])
+    assert start_gpu(monkeypatch, "--device", "cpu", "--folder", str(tmp_path)) == 1
+    assert [row["part"] for row in json.loads((tmp_path / "gpu.json").read_text())["rows"]] == ["build"]
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
 """Which kernel runs: facts that were measured, read from a file that may be anything, and the shipped rule without."""
 
+import ctypes
 import json
 import re
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from typer.testing import CliRunner
 
@@ -32,6 +34,7 @@ def cache(tmp_path, monkeypatch):
     _tuning.forget()
 
 
+FAKES = FakeTensorMode()
 UNASKED = _library.bf16() if _library.available() else None  # how bfloat16 is multiplied without facts
 
 
@@ -424,14 +427,89 @@ def test_a_driver_too_old_for_our_cuda_is_named():
     assert _library.why_not_driver(12080, nvcc).startswith(
         "fastft was built with CUDA 13.0, this NVIDIA driver supports 12.8"
     )
-    for version, built in ((13000, nvcc), (13010, nvcc), (12040, nvcc.replace("13", "12")), (12080, None)):
+    for version, built in (
+        (13000, nvcc),
+        (13010, nvcc),
+        (12040, nvcc.replace("13", "12")),
+        (12080, None),
+        (None, nvcc),
+    ):
         assert _library.why_not_driver(version, built) is None
 
 
-def test_what_is_wrong_with_a_gpu_is_why_pytorchs_kernels_run_on_it(monkeypatch):
+class Driver:
+    """Stands in for libcuda.so.1."""
+
+    def __init__(self, version):
+        self.version = version
+
+    def cuDriverGetVersion(self, pointer):
+        pointer._obj.value = self.version or 0
+        return 0 if self.version else 999
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """CUDA answers as with a GPU of Turing, one of Ampere, and a driver whose version may be changed."""
+    driver = [13000]
+    for name, answer in {
+        "is_available": lambda: True,
+        "current_device": lambda: 1,
+        "get_device_name": ["Tesla T4", "NVIDIA A100"].__getitem__,
+        "get_device_capability": [(7, 5), (8, 0)].__getitem__,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, answer)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver(driver[0]))
+    info = {"archs": ["sm_80", "sm_90", "compute_80"], "nvcc": "Cuda compilation tools, release 13.0, V13.0.88"}
+    monkeypatch.setattr(_library, "build_info", lambda: info)
     monkeypatch.setattr(_library, "has_cuda", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(_library, "_why_not_gpu", {0: None, 3: "GPU 3 is too old"}.get)
-    assert _library.why_not_gpu(0) is None and _library.why_not_gpu(3) == "GPU 3 is too old"
+    _library._why_not_gpu.cache_clear()
+    yield driver
+    _library._why_not_gpu.cache_clear()
+
+
+def on_gpu(index):
+    return FakeTensor(FAKES, torch.empty(3, 3, device="meta"), torch.device("cuda", index))
+
+
+def test_what_is_wrong_with_a_gpu_is_why_pytorchs_kernels_run_on_it(gpus):
+    old, usual = on_gpu(0), on_gpu(1)
+    assert _choice.unsupported(usual, usual) is None
+    assert _choice.unsupported(usual, old).startswith(
+        "fastft has no code for Tesla T4 (compute capability 7.5), only for"
+    )
+    with (
+        _choice.use_backend("fastft"),
+        pytest.raises(RuntimeError, match="would run on PyTorch: fastft has no code for"),
+    ):
+        fastft.functional.linear_act(old, old)
+    assert _library.why_not_gpu(None) is None  # the current one
+
+
+def test_a_driver_that_is_too_old_is_why_pytorchs_kernels_run(gpus):
+    gpus[0] = 12080
+    assert "this NVIDIA driver supports 12.8: update the driver" in _choice.unsupported(on_gpu(1))
+
+
+def test_a_driver_that_does_not_tell_is_given_a_try(gpus, monkeypatch):
+    gpus[0] = None
+    assert _choice.unsupported(on_gpu(1)) is None
+
+    def missing(name):
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(ctypes, "CDLL", missing)
+    _library._why_not_gpu.cache_clear()
+    assert _choice.unsupported(on_gpu(1)) is None
+
+
+def test_a_gpu_is_looked_at_once_and_not_for_every_tensor_of_a_step(gpus, monkeypatch):
+    assert _library.why_not_gpu(1) is None
+    for module, name in ((torch.cuda, "is_available"), (_library, "has_cuda")):
+        monkeypatch.setattr(module, name, lambda: pytest.fail("asked again"))
+    assert _choice.unsupported(on_gpu(1)) is None
+
+
+def test_a_library_without_cuda_is_why_pytorchs_kernels_run(gpus, monkeypatch):
     monkeypatch.setattr(_library, "has_cuda", lambda: False)
-    assert _library.why_not_gpu(0) == "fastft was built without CUDA"
+    assert _choice.unsupported(on_gpu(1)) == "fastft was built without CUDA"

@@ -1,9 +1,15 @@
 """Tensors on different devices: one sentence that names both, before anything is read. The other one here is meta."""
 
+import subprocess
+import sys
+
 import pytest
+import small_models
 import torch
 
-from fastft import functional
+import fastft
+import setup
+from fastft import _library, functional
 from fastft.functional._choice import use_backend
 from fastft.functional.embedding import embeddings
 
@@ -57,3 +63,22 @@ def test_tensors_on_different_devices_are_named(said, backend):
     for call in CASES[said]:
         with use_backend(backend), pytest.raises((ValueError, RuntimeError), match=said):
             call()
+
+
+@pytest.mark.parametrize("architecture", small_models.ARCHITECTURES)
+def test_a_layer_on_another_device_than_what_it_gets_is_named(architecture):
+    model = fastft.optimize(small_models.build(architecture).eval())
+    layers = getattr(model.base_model, "encoder", None) or model.base_model.transformer
+    layers.layer[1].to("meta")
+    inputs = small_models.batch(0, rows=16)  # more than few rows
+    with pytest.raises((ValueError, RuntimeError), match="weight is on meta, input on cpu"):
+        model(
+            **({k: v for k, v in inputs.items() if k != "labels"} if architecture is small_models.BertModel else inputs)
+        )
+
+
+@pytest.mark.skipif(not _library.available(), reason=f"no native library: {_library.why_not()}")
+def test_what_python_does_on_a_gpu_runs_on_tensors_that_claim_to_be_there():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/on_fake_gpu.py"]
+    done = subprocess.run(command, cwd=setup.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-8000:]

@@ -5,6 +5,7 @@ import copy
 import philox
 import pytest
 import simt
+import small_models
 import torch
 from small_models import ARCHITECTURES, assert_same, batch, build, each_architecture, step
 
@@ -289,3 +290,10 @@ def test_dropout_comes_from_the_generator_s_seed():
     torch.manual_seed(1)
     expected = _dropout.factors(_dropout.draw_seed("cpu"), 0, 16384, 1200, 64) == 0
     assert torch.equal(first.view(-1, 64), expected)
+
+
+def test_a_model_s_embeddings_are_called_by_earlier_names_too():
+    """Of transformers before 5.24, whose models pass ``past_key_values_length``."""
+    embeddings = fastft.optimize(small_models.build().eval()).bert.embeddings
+    ids = torch.arange(22).view(2, 11)
+    assert torch.equal(embeddings(input_ids=ids, past_key_values_length=0), embeddings(input_ids=ids))

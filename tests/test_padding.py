@@ -10,6 +10,7 @@ from transformers import BertModel
 import fastft
 from fastft.functional._choice import use_backend
 from fastft.models import encoder
+from fastft.models.mask import with_lengths
 from fastft.testing import error
 from fastft.testing.spec import KernelCalls
 
@@ -165,3 +166,11 @@ def test_dropout_differs_between_layers_and_steps_and_repeats_with_the_seed():
 
     first, again, other = loss(1), loss(1), loss(2)
     assert first == again and first[0] != first[1] and first[0] != other[0]
+
+
+def test_a_mask_with_lengths_says_without_looking_whether_all_are_there():
+    mask = torch.tensor(UNEVEN)
+    assert not with_lengths(mask, [11, 3, 7, 1]).to(torch.bool).all()
+    assert with_lengths(torch.ones_like(mask), [LENGTH] * 4).bool().all()
+    with pytest.raises(RuntimeError, match="the attention mask has other lengths than it came with"):
+        with_lengths(mask, [LENGTH] * 4).all()

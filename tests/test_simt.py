@@ -14,6 +14,7 @@ import simt
 import small_models
 import test_encoder_layer
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastft
 import setup
@@ -267,8 +268,9 @@ def test_a_mask_that_is_not_what_its_lengths_say_is_an_error(gpu):
         packing.pack(torch.randn(3, 9, 8), present, starts, sum(LENGTHS))
 
 
-def test_a_whole_model_packs_by_the_lengths_of_its_mask(gpu, monkeypatch):
-    """Loss, logits and gradients, beside stock's; the mask is never waited for."""
+@pytest.mark.parametrize(("cls_only", "autocast"), [(False, None), ("auto", torch.bfloat16)], ids=str)
+def test_a_whole_model_packs_by_the_lengths_of_its_mask(cls_only, autocast, gpu, monkeypatch):
+    """Loss, logits and gradients, beside stock's."""
     monkeypatch.setattr(encoder, "_is_on_gpu", lambda tensor: True)
     rows = []
     monkeypatch.setattr(encoder, "pack", lambda *args: rows.append(packing.pack(*args)) or rows[-1])
@@ -281,10 +283,49 @@ def test_a_whole_model_packs_by_the_lengths_of_its_mask(gpu, monkeypatch):
         return inputs | {"attention_mask": mask}
 
     model = small_models.build()
-    error.check_model(fastft.optimize(copy.deepcopy(model), cls_only=False), model, batch)
+    error.check_model(fastft.optimize(copy.deepcopy(model), cls_only=cls_only), model, batch, autocast)
     assert rows and all(len(packed) < 66 for packed in rows)  # of 6 sequences of 11
-    kinds = {name.rpartition("_f32")[0] for name in gpu}
-    assert kinds >= {"pack_rows", "unpack_rows", "attention_backward", "layer_norm_backward", "embedding_scatter"}
+    for kind in ("pack_rows", "unpack_rows", "attention_backward", "layer_norm_backward", "embedding_scatter"):
+        assert any(name.startswith(kind) for name in gpu), kind
+
+
+class NeverWaits(TorchDispatchMode):
+    """Fails where the host would wait for a GPU: for a number, or for how many there are."""
+
+    WAITS = ("_local_scalar_dense", "equal", "is_nonzero", "masked_select", "nonzero", "unique")
+
+    def __init__(self):
+        super().__init__()
+        self.made_of_numbers = []  # torch.tensor's, which the host has
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::")
+        masks = [i for i in args[1] if i is not None and i.dtype == torch.bool] if name.startswith("index") else ()
+        if name.startswith(self.WAITS) or masks:
+            assert any(args[0] is known for known in self.made_of_numbers), f"{func} waits"
+        result = func(*args, **(kwargs or {}))
+        if name == "lift_fresh":
+            self.made_of_numbers.append(result)
+        return result
+
+
+@pytest.mark.parametrize(("way", "lengths"), [("float32", "uneven"), ("float32", "full"), ("autocast", "uneven")])
+def test_the_host_waits_for_nothing_in_a_whole_step(way, lengths, gpu, monkeypatch):
+    """As on_fake_gpu.py has it, but for transformers' masks, which it makes of fake tensors in another way."""
+    monkeypatch.setattr(encoder, "_is_on_gpu", lambda tensor: True)
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: pytest.fail("tolist waits"))
+    model = small_models.build(hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
+    optimizer = fastft.optim.AdamW(fastft.optimize(model).parameters(), max_grad_norm=1.0)
+    inputs, of = small_models.batch(0), [11] * 6 if lengths == "full" else [5, 11, 3, 1, 7, 9]
+    inputs["attention_mask"] = with_lengths((torch.arange(11) < torch.tensor(of)[:, None]).long(), of)
+    before = [parameter.clone() for parameter in model.parameters()]
+    with NeverWaits(), torch.autocast("cpu", torch.bfloat16, enabled=way == "autocast"):
+        loss = model(**inputs).loss
+        loss.backward()
+        optimizer.step()
+    assert loss.isfinite() and not all(map(torch.equal, before, model.parameters()))
+    assert {"adamw", "attention", "embedding", "grad", "head", "layer"} <= {name.partition("_")[0] for name in gpu}
+    assert any(name.startswith("pack_rows") for name in gpu) == (lengths == "uneven")
 
 
 # ---- the optimizer's passes, apart from test_optim.py's budget
@@ -389,7 +430,7 @@ def test_missing_value_stays_in_its_row(gpu):
 def test_every_kernel_of_the_module_can_be_called_through_an_op():
     named = {f"{op}_{suffix}" for op in simt.FIELDS for suffix in simt.SUFFIXES.values()}
     others = {name for name in dir(simt.kernels()) if name.startswith(("_", "planted", "fragments"))}
-    assert set(dir(simt.kernels())) - others - {"set_order", "launches"} == named
+    assert set(dir(simt.kernels())) - others - {"set_order", "set_last_blocks", "launches"} == named
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -74,16 +74,18 @@ T* pointer(const std::optional<Tensor>& tensor, const char* name, std::initializ
   return tensor ? pointer<T>(*tensor, name, shape) : nullptr;
 }
 
-// For what a kernel writes whole: huge pages where the memory is new, since a page fault costs more than the 4 KB it brings.
+// For what a kernel on the CPU writes whole: huge pages where the memory is new, since a page fault costs more than the 4 KB it brings.
 void advise_huge_pages(void* data, size_t bytes);
 
-template <class T, class Maybe>
-T* fresh(const Maybe& tensor, const char* name, std::initializer_list<int64_t> shape) {
+template <class T>
+T* fresh(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape) {
   T* const data = pointer<T>(tensor, name, shape);
-  size_t bytes = sizeof(T);
-  for (int64_t size : shape) bytes *= size_t(size);
-  if (data) advise_huge_pages(data, bytes);
+  if (tensor.is_cpu()) advise_huge_pages(data, sizeof(T) * size_t(tensor.numel()));
   return data;
+}
+template <class T>
+T* fresh(const std::optional<Tensor>& tensor, const char* name, std::initializer_list<int64_t> shape) {
+  return tensor ? fresh<T>(*tensor, name, shape) : nullptr;
 }
 
 // Two types as a value: with_dtypes calls body(Types<T, W>{}) for the dtypes of activations and parameters.

@@ -228,8 +228,14 @@ __global__ void __launch_bounds__(kThreads) reduce_kernel(Given<CrossEntropyForw
   if (p.divisor) *p.divisor = Compute<T>(weight);
 }
 
+template <bool kSoft, class T>
+constexpr int kBackwardBlocks = sizeof(T) == 8 ? 1
+                                : kSoft        ? 2
+                                               : 3;  // with three, soft targets would spill on sm_120
+
 template <int kTeam, bool kSoft, class T>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 3) backward_kernel(Given<CrossEntropyBackward, T> p) {
+__global__ void __launch_bounds__(kThreads, kBackwardBlocks<kSoft, T>)
+    backward_kernel(Given<CrossEntropyBackward, T> p) {
   using F = Compute<T>;
   const Place<kTeam, CrossEntropyBackward<T, T>> place(p);
   const int64_t rows = p.N * p.S, row = place.row;

@@ -108,6 +108,10 @@ def reference(
 
 
 def _stock(query, key, value, attn_mask, options):
+    if options["is_causal"] and attn_mask is not None:  # which PyTorch takes together on the CPU only
+        future = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).triu(1)
+        dropped = False if attn_mask.dtype == torch.bool else -torch.inf
+        attn_mask, options = attn_mask.masked_fill(future, dropped), {**options, "is_causal": False}
     stock = functools.partial(
         torch.nn.functional.scaled_dot_product_attention, query, key, value, attn_mask=attn_mask, **options
     )

@@ -343,12 +343,14 @@ class _Run(NamedTuple):
     def _linear_backward(
         self, wants_x, wants_weight, wants_bias, grad, x, weight, bias, add, activation=0, preact=None, output=None
     ):
-        """``add`` is a gradient that comes to ``x`` another way, in its dtype."""
+        """``add``, if any, is a gradient that comes to ``x`` another way, in its dtype."""
         wanted, taken = (wants_x, wants_weight, wants_bias), self._rounded(x)
         if taken.dtype == x.dtype:
             return linear_backward(activation, preact, wanted, grad, x, weight, bias, add, output)
         grad_x, *others = linear_backward(activation, preact, wanted, grad, taken, weight, bias, None, output)
-        return None if grad_x is None else grad_x + add, *others
+        if grad_x is not None:
+            grad_x = grad_x.to(x.dtype) if add is None else grad_x + add
+        return grad_x, *others
 
     def _rounded(self, x):
         """``x`` in the dtype of the products, or as it is where the kernel rounds it."""

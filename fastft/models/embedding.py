@@ -44,11 +44,12 @@ class Embeddings(Swapped):
         return why_not_normalized(self.dropout, self.LayerNorm)
 
     def _fastft_forward(
-        self, input_ids=None, token_type_ids=None, position_ids=None, inputs_embeds=None, cache_length=0
+        self, input_ids=None, token_type_ids=None, position_ids=None, inputs_embeds=None, cache_length=0, **kwargs
     ):
+        cache_length = kwargs.pop("past_key_values_length", cache_length)  # its name in earlier transformers
         if self._fastft_runs(input_ids, inputs_embeds):
             return self._fastft_embedded(input_ids, token_type_ids, position_ids, cache_length)
-        return super().forward(input_ids, token_type_ids, position_ids, inputs_embeds, cache_length)
+        return super().forward(input_ids, token_type_ids, position_ids, inputs_embeds, cache_length, **kwargs)
 
     def _fastft_runs(self, input_ids, inputs_embeds):
         given = input_ids is not None and inputs_embeds is None

@@ -160,7 +160,9 @@ def runs_here(hidden_states, attention_mask, parameters):
     is_slower = hidden_states.is_cpu and hidden_states.shape[:-1].numel() < FEW_ROWS
     if _choice.backend() == "torch" or (_choice.backend() == "auto" and is_slower):
         return False
-    if hidden_states.dim() != 3 or len({p.dtype for p in parameters}) != 1:
+    if hidden_states.dim() != 3 or {(p.dtype, p.device) for p in parameters} != {
+        (parameters[0].dtype, hidden_states.device)
+    }:
         return False
     compute = _autograd.autocast_dtype(hidden_states) or hidden_states.dtype
     if parameters[0].dtype != hidden_states.dtype and (parameters[0].dtype, hidden_states.dtype) != (
@@ -243,10 +245,11 @@ class Model(Swapped):
             return super().forward(*args, **kwargs)
         unseen = all(is_sharded(module) or not watched(module) for module in (self, inner))
         mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
-        if lengths_of(mask) is not None:  # which are nobody else's business
-            args, kwargs = (*args[:1], plain(mask), *args[2:]) if len(args) > 1 else args, dict(kwargs)
+        if lengths_of(mask) is not None:
+            given = _for_stock(mask)
+            args, kwargs = (*args[:1], given, *args[2:]) if len(args) > 1 else args, dict(kwargs)
             if "attention_mask" in kwargs:
-                kwargs["attention_mask"] = plain(mask)
+                kwargs["attention_mask"] = given
         handed = Handed(
             mask,
             self._fastft_first_only and unseen and self._fastft_reads_first_only(),
@@ -265,6 +268,14 @@ class Model(Swapped):
         finally:
             for module in told:
                 del module._fastft_handed
+
+
+def _for_stock(mask):
+    """The mask as transformers gets it: on the CPU without its lengths, which are nobody else's business. On a GPU with
+    them, as it would wait for a plain one; or None where nothing is padding, for attention without a mask."""
+    if not _is_on_gpu(mask):
+        return plain(mask)
+    return None if mask.all() else mask
 
 
 def _only_encodes(kwargs):

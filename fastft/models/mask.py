@@ -6,8 +6,9 @@ import torch
 class Mask(torch.Tensor):
     """``(B, S)``, one up to each sequence's length and zero behind it; ``lengths`` are the lengths, as numbers.
 
-    Moved, pinned or copied it stays one; what else is computed of it is a plain tensor. Of the collator of
-    :func:`fastft.finetune`; a caller's own batches get it by :func:`with_lengths`.
+    Moved, pinned or copied it stays one, and ``all()`` is answered by the host, which transformers asks of every batch;
+    what else is computed of it is a plain tensor. Of the collator of :func:`fastft.finetune`; a caller's own batches
+    get it by :func:`with_lengths`.
     """
 
     lengths: tuple[int, ...]
@@ -18,7 +19,17 @@ class Mask(torch.Tensor):
             result = function(*args, **(kwargs or {}))
             if function in _KEEP and args[0].shape == result.shape:
                 return with_lengths(result, args[0].lengths)
+            if function is torch.Tensor.all and len(args) == 1 and not kwargs:
+                return _all(args[0], result)
         return result
+
+
+def _all(mask, result):
+    """Whether nothing is padding, as the lengths say; where they say so, ``result`` is compared without waiting."""
+    full = min(mask.lengths, default=mask.shape[1]) == mask.shape[1]
+    if full:
+        torch._assert_async(result, "the attention mask has other lengths than it came with")
+    return torch.tensor(full)
 
 
 _KEEP = {torch.Tensor.to, torch.Tensor.cuda, torch.Tensor.cpu, torch.Tensor.pin_memory, torch.Tensor.clone}

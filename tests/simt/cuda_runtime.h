@@ -86,6 +86,8 @@ const std::unordered_map<const void*, std::vector<int64_t>>& launches();
 // Blocks, and the threads of a block, take turns in ascending order (seed 0), or in one that is drawn; threads' is drawn
 // anew for each turn.
 void set_order(uint64_t seed);
+// So many blocks of a grid are run, the last ones; 0: all. For grids that would take hours.
+void set_last_blocks(size_t count);
 
 template <class T>
 struct Shuffle {

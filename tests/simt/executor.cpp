@@ -37,6 +37,7 @@ namespace {
 constexpr size_t kStackBytes = 64 << 10;  // far above the frames of any kernel
 constexpr int kWarp = 32;
 uint64_t order_seed = 0;
+size_t last_blocks = 0;
 
 enum class State { kReady, kAtBarrier, kInWarp, kExited };
 
@@ -308,6 +309,7 @@ void whole_warp_operation(void* data, void (*operation)(const Lanes&), Site site
 
 void fail(const char* what, Site site) { current->fail(what + Block::at(site)); }
 void set_order(uint64_t seed) { order_seed = seed; }
+void set_last_blocks(size_t count) { last_blocks = count; }
 
 bool running_a_kernel() { return current; }
 size_t running_thread() { return current->running(); }
@@ -358,6 +360,7 @@ void run(const void* kernel, dim3 grid, dim3 size, size_t shared, void (*body)(v
       current = &block;
       std::vector<size_t> order(size_t(grid.x) * grid.y * grid.z);
       std::iota(order.begin(), order.end(), 0);
+      if (last_blocks && last_blocks < order.size()) order.erase(order.begin(), order.end() - last_blocks);
       if (order_seed) std::shuffle(order.begin(), order.end(), std::mt19937_64(order_seed));
       for (size_t i : order) {
         blockIdx = {unsigned(i % grid.x), unsigned(i / grid.x % grid.y), unsigned(i / grid.x / grid.y)};

@@ -1,5 +1,5 @@
 // The CUDA kernels of kernels.h as a Python module: a function <kernel>_<dtypes> for each, see native/arguments.h, which
-// runs on executor.cpp; set_order(seed); and the kernels of planted.cu. A new kernel needs no line here.
+// runs on executor.cpp; set_order(seed), set_last_blocks(count); and the kernels of planted.cu. A new kernel needs no line here.
 #include <dlfcn.h>
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
@@ -65,6 +65,7 @@ std::map<uintptr_t, std::vector<int64_t>> launches() {
 
 PYBIND11_MODULE(fastft_simt, module) {
   module.def("set_order", &simt::set_order);
+  module.def("set_last_blocks", &simt::set_last_blocks);
   module.def("launches", &fastft::test::launches);
 #define FASTFT_X(name) fastft::test::define_raw(module, "fragments_" #name, &fragments::name);
   FASTFT_X(ldmatrix)
