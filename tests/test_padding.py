@@ -9,7 +9,7 @@ from transformers import BertModel
 
 import fastft
 from fastft.functional._choice import use_backend
-from fastft.models import encoder
+from fastft.models import encoder, swap
 from fastft.testing import error
 from fastft.testing.spec import KernelCalls
 
@@ -80,8 +80,9 @@ def test_padding_is_not_embedded_unless_somebody_looks(architecture):
 
 def test_an_encoder_that_gets_something_else_than_packed_embeddings_says_so():
     inner = fastft.optimize(build()).bert.encoder
-    inner._fastft_handed = encoder.Handed(None, False, True, inner.layer, plan=encoder.Plan(None, None, False))
-    with pytest.raises(RuntimeError, match="BertEncoder: something came between the embeddings and the encoder"):
+    handed = encoder.Handed(None, False, True, inner.layer, plan=encoder.Plan(None, None, False))
+    message = "BertEncoder: something came between the embeddings and the encoder"
+    with swap.told({inner: handed}), pytest.raises(RuntimeError, match=message):
         inner(torch.zeros(1, 2, 64))
 
 

@@ -1,9 +1,11 @@
 """What every replacing class has in common: what it replaces, what it computes in, and what keeps it from running."""
 
+import contextlib
 import functools
 import importlib
 import importlib.util
 import re
+import threading
 
 import torch
 from torch.nn.modules import module as torch_module
@@ -61,6 +63,25 @@ def replaces(original):
         return in_dtype
 
     return decorate
+
+
+_calls = threading.local()  # of each thread: several may run one model at once
+
+
+@contextlib.contextmanager
+def told(values):
+    """Within it, :func:`heard` gives to these modules, in this thread, the values that belong to them."""
+    before = getattr(_calls, "values", {})
+    _calls.values = {**before, **values}
+    try:
+        yield
+    finally:
+        _calls.values = before
+
+
+def heard(module):
+    """What the module around this one hands to it in the call that runs now, past the code between them; or None."""
+    return None if torch.compiler.is_compiling() else getattr(_calls, "values", {}).get(module)
 
 
 def _float32(value):
