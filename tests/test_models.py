@@ -317,6 +317,17 @@ def test_compiles_in_one_graph():
         assert torch.equal(parameter.grad, expected[f"grad {name}"]), name
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_traced_model_is_right_for_other_masks():
+    model = fastft.optimize(build(return_dict=False).eval())
+    ids, mask = (batch()[name] for name in ("input_ids", "attention_mask"))
+    with use_backend("auto"), torch.no_grad():
+        traced = torch.jit.trace(model, (ids, mask))
+        for other in (mask, mask.flip(0), torch.ones_like(mask)):
+            (logits,), (expected,) = traced(ids, other), fastft.restore(copy.deepcopy(model))(ids, other)
+            assert torch.equal(logits, expected)
+
+
 # ---- nothing to migrate
 
 

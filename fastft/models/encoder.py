@@ -76,9 +76,18 @@ class AttentionHalf(NamedTuple):
         asked for its own reasons."""
         return (
             _why_not_linears(module, self.query, self.key, self.value, self.dense)
+            or self._why_not_square(module)
             or _why_not_skipped(module, self.called)
             or why_not_normalized(self.dropout and _get(module, self.dropout), _get(module, self.norm))
         )
+
+    def _why_not_square(self, module):
+        """A sentence if a head is missing, or elements of all, else None."""
+        for path in (self.query, self.key, self.value, self.dense):
+            linear = _get(module, path)
+            if linear.in_features != linear.out_features:
+                return f"{path} has {linear.in_features} inputs and {linear.out_features} outputs"
+        return None
 
     def arguments(self, module, heads, scale):
         """What :func:`encoder_layer` takes."""
@@ -237,7 +246,8 @@ class Model(Swapped):
 
     def _fastft_forward(self, *args, **kwargs):
         inner = getattr(self, self._fastft_encoder)
-        if not isinstance(inner, Encoder) or torch.compiler.is_compiling():
+        # Neither torch.compile nor torch.jit.trace may take one mask's lengths for those of all.
+        if not isinstance(inner, Encoder) or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return super().forward(*args, **kwargs)
         unseen = all(is_sharded(module) or not watched(module) for module in (self, inner))
         mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
@@ -282,7 +292,7 @@ def packing(handed, hidden_states):
     if not _all_whole(handed.layers, hidden_states):
         return None
     lengths = present.sum(1)
-    cu_seqlens = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+    cu_seqlens = torch.zeros(len(lengths) + 1, dtype=torch.int32, device=lengths.device)
     torch.cumsum(lengths, 0, out=cu_seqlens[1:])
     batch = node.Batch(len(lengths), int(lengths.max()), None, cu_seqlens)
     return Plan(batch, present.flatten().nonzero()[:, 0], handed.first_only)
