@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from small_models import ARCHITECTURES, CONFIG, batch, build, step
-from transformers import BertModel
+from transformers import BertForQuestionAnswering, BertModel, RobertaForQuestionAnswering
 
 import fastft
 from fastft.functional._choice import use_backend
@@ -114,6 +114,17 @@ def test_a_bare_encoder_returns_zeros_at_padding_or_stock_s_numbers_on_request()
     padded = fastft.optimize(model, padding_free=False)(**inputs).last_hidden_state
     assert (packed[~present] == 0).all() and torch.equal(packed[present], padded[present])
     assert (padded[~present] != 0).all()
+
+
+@pytest.mark.parametrize("architecture", [BertForQuestionAnswering, RobertaForQuestionAnswering])
+def test_question_answering_whose_loss_reads_padding_computes_it(architecture):
+    model = fastft.optimize(build(architecture, num_labels=2).eval())
+    assert "padding:" not in str(fastft.report(model))
+    inputs, positions = with_mask(UNEVEN), torch.zeros(len(UNEVEN), dtype=torch.int64)
+    inputs = {"start_positions": positions, "end_positions": positions, **inputs}
+    del inputs["labels"]
+    found = model(**inputs).loss
+    assert torch.equal(found, fastft.optimize(model, padding_free=False)(**inputs).loss)
 
 
 def test_who_asks_for_hidden_states_gets_them_all():
