@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import re
 import threading
+import types
 
 import torch
 from torch.nn.modules import module as torch_module
@@ -46,7 +47,6 @@ def replaces(original):
     """Decorates the ``forward`` that stands for ``original``: its signature, in the dtype that was asked for."""
 
     def decorate(forward):
-        @functools.wraps(original)
         def in_dtype(self, *args, **kwargs):
             if not isinstance(self, Swapped):  # restored, while a wrapper (accelerate's, say) still leads here
                 return original(self, *args, **kwargs)
@@ -60,7 +60,10 @@ def replaces(original):
             with torch.autocast(device, torch.bfloat16, enabled=autocast):
                 return _float32(forward(self, *args, **kwargs))
 
-        return in_dtype
+        # A code object of its own: torch.compile counts how often it has compiled one, and all classes would share it.
+        code = in_dtype.__code__.replace(co_name=original.__qualname__)
+        own = types.FunctionType(code, globals(), closure=in_dtype.__closure__)
+        return functools.wraps(original)(own)
 
     return decorate
 
