@@ -224,6 +224,7 @@ BAD_CALLS = [
     ((ones(4, 5), ones(4).long()), {"label_smoothing": 1.5}, "label_smoothing is 1.5, must be in [0, 1]"),
     ((ones(4, 5), ones(4).long()), {"reduction": "avg"}, "reduction is 'avg', must be one of none, mean, sum"),
     (([1.0], ones(4).long()), {}, "input must be a tensor, got list"),
+    ((None, ones(4).long()), {}, "input must be a tensor, got NoneType"),
     ((ones(4, 5), 3), {}, "target must be a tensor, got int"),
 ]
 

@@ -183,6 +183,15 @@ def test_an_id_out_of_range_is_named(which, name, wrong, grad):
         embeddings(*ids, *tensors)
 
 
+@pytest.mark.parametrize("which, name", list(enumerate(("input", "position_ids", "type_ids"))))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.uint8], ids=str)
+def test_ids_that_are_no_integers_are_named_not_rounded(which, name, dtype):
+    ids, given = arguments(torch.float32)
+    ids[which] = ids[which].to(dtype)
+    with pytest.raises(ValueError, match=rf"^embeddings: {name} is {dtype}, must be torch.int64 or torch.int32$"):
+        embeddings(*ids, *given.values())
+
+
 def test_no_id_reaches_foreign_memory_from_the_raw_ops():
     wrong, zeros = torch.full((M,), 11), torch.zeros(M, 150)
     with pytest.raises(RuntimeError, match="tensor 'ids' has an index out of range"):

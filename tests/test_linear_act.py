@@ -57,9 +57,13 @@ def test_error_names_argument_and_value(input, weight, bias, activation, message
         linear_act(input, weight, bias, activation)
 
 
-def test_error_names_the_type_of_what_is_no_tensor():
-    with pytest.raises(TypeError, match="weight must be a tensor, got list"):
-        linear_act(torch.ones(2, 3), [[1.0]])
+@pytest.mark.parametrize("value", [[[1.0]], None], ids=["list", "None"])
+@pytest.mark.parametrize("which, name", enumerate(("input", "weight")))
+def test_error_names_the_type_of_what_is_no_tensor(value, which, name):
+    arguments = [torch.ones(2, 3), torch.ones(4, 3)]
+    arguments[which] = value
+    with pytest.raises(TypeError, match=f"^linear_act: {name} must be a tensor, got {type(value).__name__}$"):
+        linear_act(*arguments)
 
 
 @pytest.mark.parametrize("shape", [(3,), (5, 3), (2, 5, 3), (2, 1, 5, 3), (0, 3), (2, 0, 3)])

@@ -13,7 +13,13 @@ import unittest.mock
 import pytest
 import torch
 from small_models import ARCHITECTURES, CONFIG, assert_same, batch, build, classes, distance, each_architecture, step
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DistilBertForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+)
 
 import fastft
 from fastft.functional import _dropout
@@ -315,6 +321,27 @@ def test_compiles_in_one_graph():
     compiled(**inputs).loss.backward()
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter.grad, expected[f"grad {name}"]), name
+
+
+@torch._dynamo.config.patch(recompile_limit=1)
+def test_each_architecture_is_compiled_by_itself():
+    torch._dynamo.reset()
+    for architecture in (BertForSequenceClassification, DistilBertForSequenceClassification):
+        model, inputs = fastft.optimize(build(architecture, num_hidden_layers=1).eval(), padding_free=False), batch()
+        with torch.no_grad():
+            compiled = torch.compile(model, backend="eager", fullgraph=True)(**inputs)
+            assert torch.equal(compiled.logits, fastft.optimize(model, cls_only=False)(**inputs).logits)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_traced_model_is_right_for_other_masks():
+    model = fastft.optimize(build(return_dict=False).eval())
+    ids, mask = (batch()[name] for name in ("input_ids", "attention_mask"))
+    with use_backend("auto"), torch.no_grad():
+        traced = torch.jit.trace(model, (ids, mask))
+        for other in (mask, mask.flip(0), torch.ones_like(mask)):
+            (logits,), (expected,) = traced(ids, other), fastft.restore(copy.deepcopy(model))(ids, other)
+            assert torch.equal(logits, expected)
 
 
 # ---- nothing to migrate

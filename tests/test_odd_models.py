@@ -1,6 +1,8 @@
 """Whole models at sizes that nobody tunes for, and calls in an order that nobody plans for."""
 
 import copy
+import threading
+from concurrent import futures
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from small_models import CONFIG, assert_same, batch, build, step
 
 import fastft
 from fastft.functional._choice import use_backend
+from fastft.models import encoder
 from fastft.testing import error
 
 
@@ -125,6 +128,30 @@ def _in_the_loss(model, inputs):
 
 def _in_the_backward(model, inputs):
     _raise_in(model.bert.encoder.layer[0].output.LayerNorm.weight.register_hook, model(**inputs).loss.backward)
+
+
+def test_two_threads_run_one_model_at_once(monkeypatch):
+    model, _ = large()
+    batches = [batch(seed, rows=70, length=70) for seed in range(2)]
+    expected = [step(model.eval(), inputs) for inputs in batches]
+    between, packing = threading.Barrier(2, timeout=60), encoder.packing
+
+    def both_in_the_middle(*args):
+        between.wait()
+        found = packing(*args)
+        between.wait()
+        return found
+
+    def run(inputs):
+        with torch.no_grad():
+            output = model(**inputs)
+        return {"logits": output.logits, "loss": output.loss}
+
+    monkeypatch.setattr(encoder, "packing", both_in_the_middle)
+    with futures.ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(run, batches))
+    for got, grads in zip(found, expected, strict=True):
+        assert_same(got, {name: grads[name] for name in got})
 
 
 class _StopError(RuntimeError):

@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 from small_models import ARCHITECTURES, CONFIG, batch, build, step
-from transformers import BertModel
+from transformers import BertForQuestionAnswering, BertModel, RobertaForQuestionAnswering
 
 import fastft
 from fastft.functional._choice import use_backend
-from fastft.models import encoder
+from fastft.models import encoder, swap
 from fastft.models.mask import with_lengths
 from fastft.testing import error
 from fastft.testing.spec import KernelCalls
@@ -81,8 +81,9 @@ def test_padding_is_not_embedded_unless_somebody_looks(architecture):
 
 def test_an_encoder_that_gets_something_else_than_packed_embeddings_says_so():
     inner = fastft.optimize(build()).bert.encoder
-    inner._fastft_handed = encoder.Handed(None, False, True, inner.layer, plan=encoder.Plan(None, None, False))
-    with pytest.raises(RuntimeError, match="BertEncoder: something came between the embeddings and the encoder"):
+    handed = encoder.Handed(None, False, True, inner.layer, plan=encoder.Plan(None, None, False))
+    message = "BertEncoder: something came between the embeddings and the encoder"
+    with swap.told({inner: handed}), pytest.raises(RuntimeError, match=message):
         inner(torch.zeros(1, 2, 64))
 
 
@@ -114,6 +115,17 @@ def test_a_bare_encoder_returns_zeros_at_padding_or_stock_s_numbers_on_request()
     padded = fastft.optimize(model, padding_free=False)(**inputs).last_hidden_state
     assert (packed[~present] == 0).all() and torch.equal(packed[present], padded[present])
     assert (padded[~present] != 0).all()
+
+
+@pytest.mark.parametrize("architecture", [BertForQuestionAnswering, RobertaForQuestionAnswering])
+def test_question_answering_whose_loss_reads_padding_computes_it(architecture):
+    model = fastft.optimize(build(architecture, num_labels=2).eval())
+    assert "padding:" not in str(fastft.report(model))
+    inputs, positions = with_mask(UNEVEN), torch.zeros(len(UNEVEN), dtype=torch.int64)
+    inputs = {"start_positions": positions, "end_positions": positions, **inputs}
+    del inputs["labels"]
+    found = model(**inputs).loss
+    assert torch.equal(found, fastft.optimize(model, padding_free=False)(**inputs).loss)
 
 
 def test_who_asks_for_hidden_states_gets_them_all():

@@ -216,6 +216,18 @@ def test_capturing_hooks_that_are_left_behind_do_not_count():
     assert watched(attention) == "has a hook"
 
 
+def test_attention_with_fewer_heads_is_done_by_its_modules():
+    stock = build()
+    attention = stock.bert.encoder.layer[1].attention
+    for name in ("query", "key", "value"):
+        setattr(attention.self, name, torch.nn.Linear(64, 48))
+    attention.output.dense, attention.self.num_attention_heads = torch.nn.Linear(48, 64), 3
+    model = fastft.optimize(copy.deepcopy(stock))
+    assert found(model, "bert.encoder.layer.1.attention") == "self.query has 64 inputs and 48 outputs"
+    with use_backend("auto"):
+        error.check_model(model, stock, batch)
+
+
 def test_layers_made_from_linear_are_left_alone():
     model = fastft.optimize(torch.nn.Sequential(torch.nn.Linear(8, 8), _Scaled(8, 8)))
     assert type(model[1]) is _Scaled

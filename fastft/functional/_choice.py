@@ -153,6 +153,8 @@ def unavailable():
     if (why_not := _library.why_not()) is not None:
         return why_not
     if not torch.compiler.is_compiling():
+        if torch.jit.is_tracing():
+            return "torch.jit.trace is PyTorch's"
         if torch._C._are_functorch_transforms_active():
             return "torch.func transforms are PyTorch's"
         if torch.autograd.forward_ad._current_level >= 0:

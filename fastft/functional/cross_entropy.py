@@ -71,6 +71,7 @@ def _is_plain(input, target, weight, reduction):
     return (
         weight is None
         and _choice.plain(input)
+        and input is not None
         and type(target) is torch.Tensor
         and target.dtype is torch.int64
         and target.is_cpu

@@ -65,7 +65,8 @@ def embeddings(
     Returns: ``(*, H)``, in the dtype that PyTorch gives the sum.
     Raises:
         IndexError: an id is out of range.
-        ValueError: ``embeddings: position is on cpu, word on cuda:0``
+        ValueError: ``embeddings: position is on cpu, word on cuda:0``; ``embeddings: input is torch.float32, must be
+            torch.int64 or torch.int32``
     Example:
         >>> word, position = torch.eye(2), torch.zeros(9, 2)
         >>> ids = torch.tensor([1, 0])
@@ -78,6 +79,9 @@ def embeddings(
     for name, tensor in zip(names, (input, position_ids, type_ids, *tensors), strict=True):
         if tensor is not None and tensor.device != word.device:
             raise ValueError(f"embeddings: {name} is on {tensor.device}, word on {word.device}")
+    for name, ids in zip(names, (input, position_ids, type_ids), strict=False):
+        if ids is not None and ids.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"embeddings: {name} is {ids.dtype}, must be torch.int64 or torch.int32")
     why_not = _choice.unsupported(*tensors)
     if why_not is None and word.shape[-1] == 0:
         why_not = "rows are empty"

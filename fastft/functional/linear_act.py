@@ -119,7 +119,7 @@ def _slower_at_a_glance(input, weight, bias):
 
 def _is_plain(input, weight, bias):
     """Whether this is a usual call on the CPU, in which there is nothing to complain of: a third of :func:`_check`."""
-    if not _choice.plain(input, weight, bias) or torch.is_autocast_enabled("cpu"):
+    if input is None or weight is None or not _choice.plain(input, weight, bias) or torch.is_autocast_enabled("cpu"):
         return False
     dtype, shape = input.dtype, weight.shape
     return (

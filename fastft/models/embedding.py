@@ -8,7 +8,7 @@ from fastft.functional._choice import runs
 from fastft.functional.embedding import embedding, embeddings
 from fastft.models import encoder
 from fastft.models.norm import why_not_normalized
-from fastft.models.swap import Swapped, is_hooked, replaces, watched
+from fastft.models.swap import Swapped, heard, is_hooked, replaces, watched
 
 # transformers' and peft's hooks on a table that let checkpointed layers behind it have gradients.
 REQUIRE_GRADS = ("make_inputs_require_grads", "make_inputs_require_grad")
@@ -29,7 +29,6 @@ class Embeddings(Swapped):
     """What the replacing classes of all architectures' embeddings have in common; the second base as for encoders."""
 
     _fastft_parts = ("LayerNorm", "dropout")
-    _fastft_handed = None
 
     def _fastft_why_not(self):
         for name in ("word_embeddings", "position_embeddings", "token_type_embeddings"):
@@ -52,7 +51,7 @@ class Embeddings(Swapped):
         return super().forward(input_ids, token_type_ids, position_ids, inputs_embeds, cache_length, **kwargs)
 
     def _fastft_runs(self, input_ids, inputs_embeds):
-        given = input_ids is not None and inputs_embeds is None
+        given = input_ids is not None and inputs_embeds is None and input_ids.dim() == 2
         return given and runs(type(self).__name__, self._fastft_why_not())
 
     def _fastft_embedded(self, input_ids, token_type_ids, position_ids, cache_length=0):
@@ -62,7 +61,8 @@ class Embeddings(Swapped):
         if types is not None and token_type_ids is None:  # zeros, unless somebody changed the buffer
             token_type_ids = self.token_type_ids.expand(position_ids.shape[0], -1).gather(1, position_ids)
         tables = self.word_embeddings, self.position_embeddings, types
-        ids, (packed, standing) = (input_ids, position_ids, token_type_ids), self._fastft_packing(input_ids, tables)
+        ids, handed = (input_ids, position_ids, token_type_ids), heard(self)
+        packed, standing = (None, None) if handed is None else _packing(handed, tables, input_ids.shape)
         if packed is not None:
             ids = [None if of is None else of.expand(input_ids.shape).reshape(-1)[packed.kept] for of in ids]
         output = embeddings(
@@ -75,22 +75,21 @@ class Embeddings(Swapped):
             output.requires_grad_()
         if packed is None:
             return output
-        self._fastft_handed.plan, self._fastft_handed.rows, self._fastft_handed.stand_in = packed, output, standing
+        handed.plan, handed.rows, handed.stand_in = packed, output, standing
         return standing
-
-    def _fastft_packing(self, input_ids, tables):
-        """How the encoder packs the tokens, and what stands for their hidden states until there; (None, None): it does
-        not, or cannot be asked."""
-        if self._fastft_handed is None or input_ids.dim() != 2:
-            return None, None
-        weights = [table.weight for table in tables if table is not None]
-        dtype = functools.reduce(torch.promote_types, (weight.dtype for weight in weights))
-        standing = encoder.stand_in((*input_ids.shape, weights[0].shape[1]), dtype, weights[0].device)
-        packed = encoder.packing(self._fastft_handed, standing)
-        return packed, None if packed is None else standing
 
     def _fastft_positions(self, input_ids, cache_length):
         return self.position_ids[:, cache_length : cache_length + input_ids.shape[1]]
+
+
+def _packing(handed, tables, shape):
+    """How the encoder packs the tokens, ``(B, S)``, and what stands for their hidden states until there; (None, None):
+    it does not."""
+    weights = [table.weight for table in tables if table is not None]
+    dtype = functools.reduce(torch.promote_types, (weight.dtype for weight in weights))
+    standing = encoder.stand_in((*shape, weights[0].shape[1]), dtype, weights[0].device)
+    packed = encoder.packing(handed, standing)
+    return packed, None if packed is None else standing
 
 
 def _unusual(table):

@@ -18,7 +18,7 @@ from fastft.functional.packing import pack, unpack
 from fastft.models.linear import activation_name, why_not_fused, why_not_linear
 from fastft.models.mask import lengths_of, plain
 from fastft.models.norm import why_not_normalized
-from fastft.models.swap import Swapped, is_sharded, watched
+from fastft.models.swap import Swapped, heard, is_sharded, told, watched
 
 FEW_ROWS = 64  # below, packing a weight costs more than it saves: the modules inside decide one by one
 
@@ -76,9 +76,18 @@ class AttentionHalf(NamedTuple):
         asked for its own reasons."""
         return (
             _why_not_linears(module, self.query, self.key, self.value, self.dense)
+            or self._why_not_square(module)
             or _why_not_skipped(module, self.called)
             or why_not_normalized(self.dropout and _get(module, self.dropout), _get(module, self.norm))
         )
+
+    def _why_not_square(self, module):
+        """A sentence if a head is missing, or elements of all, else None."""
+        for path in (self.query, self.key, self.value, self.dense):
+            linear = _get(module, path)
+            if linear.in_features != linear.out_features:
+                return f"{path} has {linear.in_features} inputs and {linear.out_features} outputs"
+        return None
 
     def arguments(self, module, heads, scale):
         """What :func:`encoder_layer` takes."""
@@ -210,10 +219,9 @@ class Encoder(Swapped):
     """What the replacing classes of all architectures' encoders have in common."""
 
     _fastft_works = False
-    _fastft_handed = None
 
     def _fastft_forward(self, hidden_states, attention_mask=None, *args, **kwargs):
-        handed = self._fastft_handed
+        handed = heard(self)
         if handed is not None and handed.plan is not None:
             if hidden_states is not handed.stand_in:
                 raise RuntimeError(f"{type(self).__name__}: something came between the embeddings and the encoder")
@@ -237,11 +245,11 @@ class Model(Swapped):
 
     _fastft_works = False
     _fastft_padding_free = True
-    _fastft_first_only = False
 
     def _fastft_forward(self, *args, **kwargs):
         inner = getattr(self, self._fastft_encoder)
-        if not isinstance(inner, Encoder) or torch.compiler.is_compiling():
+        # Neither torch.compile nor torch.jit.trace may take one mask's lengths for those of all.
+        if not isinstance(inner, Encoder) or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return super().forward(*args, **kwargs)
         unseen = all(is_sharded(module) or not watched(module) for module in (self, inner))
         mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
@@ -252,22 +260,17 @@ class Model(Swapped):
                 kwargs["attention_mask"] = given
         handed = Handed(
             mask,
-            self._fastft_first_only and unseen and self._fastft_reads_first_only(),
+            heard(self) is FIRST_ONLY and unseen and self._fastft_reads_first_only(),
             self._fastft_padding_free,
             inner.layer,
         )
-        told = [inner]
+        hears = [inner]
         # ELECTRA has a layer between the two; encoder_hidden_states are the sixth argument.
         direct = not hasattr(self, "embeddings_project") and len(args) <= 5 and _only_encodes(kwargs)
         if direct and isinstance(self.embeddings, Swapped) and not watched(inner) and not watched(self.embeddings):
-            told.append(self.embeddings)
-        for module in told:
-            module._fastft_handed = handed
-        try:
+            hears.append(self.embeddings)
+        with told(dict.fromkeys(hears, handed)):
             return super().forward(*args, **kwargs)
-        finally:
-            for module in told:
-                del module._fastft_handed
 
 
 def _for_stock(mask):
@@ -300,7 +303,7 @@ def packing(handed, hidden_states):
     if not _all_whole(handed.layers, hidden_states):
         return None
     lengths = present.sum(1)
-    cu_seqlens = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+    cu_seqlens = torch.zeros(len(lengths) + 1, dtype=torch.int32, device=lengths.device)
     torch.cumsum(lengths, 0, out=cu_seqlens[1:])
     batch = node.Batch(len(lengths), int(lengths.max()), None, cu_seqlens)
     return Plan(batch, present.flatten().nonzero()[:, 0], handed.first_only)
@@ -370,6 +373,9 @@ def run_layers(layers, shape, rows, plan):
     return rows.view(B, S, H)
 
 
+FIRST_ONLY = "first rows"  # what a model is told by a caller that reads no others
+
+
 @contextlib.contextmanager
 def reading_first(model, readers):
     """Within it, the caller reads nothing of the model's last hidden states but first rows; ``readers`` are the modules
@@ -377,11 +383,8 @@ def reading_first(model, readers):
     if not isinstance(model, Model) or torch.compiler.is_compiling() or any(map(watched, readers)):
         yield
         return
-    model._fastft_first_only = True
-    try:
+    with told({model: FIRST_ONLY}):
         yield
-    finally:
-        del model._fastft_first_only
 
 
 def _why_not_linears(module, *paths):

@@ -11,7 +11,7 @@ from fastft import functional
 from fastft.functional.head import head
 from fastft.models.encoder import reading_first
 from fastft.models.linear import Linear, why_not_linear
-from fastft.models.swap import Swapped, replaced, watched
+from fastft.models.swap import Swapped, replaced, told, watched
 
 
 class SequenceClassifier(Swapped):
@@ -96,13 +96,12 @@ class Together:
         self.dropouts = [dropout for dropout in dropouts if dropout.training]
 
     def run(self, forward):
-        self.classifier._fastft_together = self
         for dropout in self.dropouts:
             dropout.training = False
         try:
-            return forward()
+            with told({self.classifier: self}):
+                return forward()
         finally:
-            del self.classifier._fastft_together
             for dropout in self.dropouts:
                 dropout.training = True
 

@@ -7,16 +7,14 @@ from transformers.activations import ACT2FN
 
 from fastft import activations
 from fastft.functional import linear_act
-from fastft.models.swap import Swapped, replaces, watched
+from fastft.models.swap import Swapped, heard, replaces, watched
 
 
 class Linear(Swapped, torch.nn.Linear):
-    _fastft_together = None  # with what, in a classifier: head.py
-
     @replaces(torch.nn.Linear.forward)
     def forward(self, input):
-        if self._fastft_together is not None:
-            return self._fastft_together.logits(input)
+        if (together := heard(self)) is not None:  # in a classifier: head.py
+            return together.logits(input)
         return linear_act(input, self.weight, self.bias, "identity")
 
 

@@ -7,6 +7,7 @@ from fastft.models.swap import Swapped, is_sharded, known_base, replaced, replac
 from fastft.testing import tune
 
 DTYPES = ("auto", torch.bfloat16, torch.float32)
+READ_PADDING = "ForQuestionAnswering"  # ends the names of transformers' classes whose loss is over all tokens of a row
 
 
 def optimize(model, *, dtype="auto", padding_free=True, cls_only="auto", activation_memory="fast"):
@@ -25,7 +26,8 @@ def optimize(model, *, dtype="auto", padding_free=True, cls_only="auto", activat
             ``torch.bfloat16`` in bfloat16 with float32 parameters and accumulation, outputs in float32;
             ``torch.float32`` in float32 even under autocast.
         padding_free: False computes padding as stock does. Otherwise sequences run without theirs where each one's
-            first token is unmasked, and hidden states of padding, which an encoder by itself returns, are zeros.
+            first token is unmasked, and hidden states of padding, which an encoder by itself returns, are zeros;
+            inside of question answering, whose loss reads them, padding is computed.
         cls_only: ``"auto"`` computes the last layer for first tokens only where the model has a head that reads nothing
             else; False for all of them; True as "auto", and an error where there is no such head.
         activation_memory: what an encoder layer keeps for the backward, in units of one hidden state: ``"fast"`` about
@@ -63,6 +65,8 @@ def optimize(model, *, dtype="auto", padding_free=True, cls_only="auto", activat
         raise ValueError(
             f"optimize: cls_only is True, but {type(model).__name__} has no head that reads first tokens only"
         )
+    readers = (module for module in model.modules() if type(module).__name__.endswith(READ_PADDING))
+    read = {inner for reader in readers for inner in reader.modules()}
     for module, ours in plan.values():
         module.__class__ = ours or type(module)
         _forget_options(module)
@@ -70,7 +74,7 @@ def optimize(model, *, dtype="auto", padding_free=True, cls_only="auto", activat
             module._fastft_dtype = compute
         if activation_memory != "fast" and hasattr(module, "_fastft_activation_memory"):
             module._fastft_activation_memory = activation_memory
-        if not padding_free and hasattr(module, "_fastft_padding_free"):
+        if (not padding_free or module in read) and hasattr(module, "_fastft_padding_free"):
             module._fastft_padding_free = False
         if not cls_only and hasattr(module, "_fastft_cls_only"):
             module._fastft_cls_only = False

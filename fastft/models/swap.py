@@ -1,9 +1,12 @@
 """What every replacing class has in common: what it replaces, what it computes in, and what keeps it from running."""
 
+import contextlib
 import functools
 import importlib
 import importlib.util
 import re
+import threading
+import types
 
 import torch
 from torch.nn.modules import module as torch_module
@@ -44,7 +47,6 @@ def replaces(original):
     """Decorates the ``forward`` that stands for ``original``: its signature, in the dtype that was asked for."""
 
     def decorate(forward):
-        @functools.wraps(original)
         def in_dtype(self, *args, **kwargs):
             if not isinstance(self, Swapped):  # restored, while a wrapper (accelerate's, say) still leads here
                 return original(self, *args, **kwargs)
@@ -58,9 +60,31 @@ def replaces(original):
             with torch.autocast(device, torch.bfloat16, enabled=autocast):
                 return _float32(forward(self, *args, **kwargs))
 
-        return in_dtype
+        # A code object of its own: torch.compile counts how often it has compiled one, and all classes would share it.
+        code = in_dtype.__code__.replace(co_name=original.__qualname__)
+        own = types.FunctionType(code, globals(), closure=in_dtype.__closure__)
+        return functools.wraps(original)(own)
 
     return decorate
+
+
+_calls = threading.local()  # of each thread: several may run one model at once
+
+
+@contextlib.contextmanager
+def told(values):
+    """Within it, :func:`heard` gives to these modules, in this thread, the values that belong to them."""
+    before = getattr(_calls, "values", {})
+    _calls.values = {**before, **values}
+    try:
+        yield
+    finally:
+        _calls.values = before
+
+
+def heard(module):
+    """What the module around this one hands to it in the call that runs now, past the code between them; or None."""
+    return None if torch.compiler.is_compiling() else getattr(_calls, "values", {}).get(module)
 
 
 def _float32(value):
