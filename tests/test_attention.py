@@ -62,7 +62,7 @@ def seed_of(manual_seed):
     return _dropout.draw_seed("cpu").item()
 
 
-@pytest.mark.parametrize("keys", [16, 130, 256])
+@pytest.mark.parametrize("keys", [16, 32, 64, 130, 256])
 def test_what_is_dropped_is_what_the_rule_says(keys, each_isa):
     zeros = torch.zeros(2, 3, keys, keys)  # all weights are 1 / keys; the values tell them apart
     torch.manual_seed(5)

@@ -179,16 +179,25 @@ struct Heads {
       for (; k < live; ++k) out[k - from] = F(0);
     for (to = round_up(to, kLanes<F>), k = k < from ? from : k; k < to; ++k) out[k - from] = kMasked;
   }
+};
 
-  // Dropout's factors of a row and keys [from, to), where from begins a group; whole groups.
-  template <class F>
-  void fill_factors(F* out, const Dropout& dropout, int64_t row, int64_t from, int64_t to) const {
-    const int64_t groups = dropout_groups(p.Sk);  // the same for all sequences, so that none shares its calls
-    for (int64_t group = from / kDropoutGroup; group * kDropoutGroup < to; ++group, out += kDropoutGroup)
-      dropout_factors(out, dropout, row * groups + group, kDropoutGroup);
+// Dropout's factors, a row's after the other: rows of few keys share a group, which is drawn once.
+template <class F>
+struct Factors {
+  F* buffer;
+  const Dropout& dropout;
+  int64_t pitch;       // by the most keys of all sequences, so that none shares its numbers
+  int64_t drawn = -1;  // the group that is in the buffer
+
+  // Of a row and its first `keys`, as many as whole registers hold.
+  const F* of_row(int64_t row, int64_t keys) {
+    const int64_t first = row * pitch, group = first / kDropoutGroup;
+    for (int64_t from = 0; from < keys && (pitch >= kDropoutGroup || group != drawn); from += kDropoutGroup)
+      dropout_group(buffer + from, dropout, group + from / kDropoutGroup);
+    drawn = group;
+    return buffer + first % kDropoutGroup;
   }
 };
-static_assert(kBlock % kDropoutGroup == 0, "blocks of keys are made of dropout's groups");
 
 // exp(x) f, or 0 where that is next to nothing (x < low)
 template <bool kRough, class V>
@@ -244,6 +253,7 @@ void softmax(const Heads<AttentionForward<T, T>>& heads, const Head& head, const
   const auto& p = heads.p;
   const V scale = broadcast(Acc(p.scale)), low = lowest_exp(V{}), one = broadcast(Acc(1));
   const bool by_row = heads.by_row();
+  Factors<Acc> drawn{m.factors, dropout, dropout_pitch(p.Sk)};
   for (int64_t first = 0; first < rows; first += L) {
     const int live = int(least(rows - first, L));
     V tops[L] = {}, sums[L] = {};
@@ -262,13 +272,13 @@ void softmax(const Heads<AttentionForward<T, T>>& heads, const Head& head, const
     alignas(kVectorBytes) Acc max_of[L];
     store(max_of, max);
     for (int r = 0; r < live; ++r) {
-      if (dropout) heads.fill_factors(m.factors, dropout, head.row + query + first + r, 0, keys);
+      const Acc* const factors = dropout ? drawn.of_row(head.row + query + first + r, keys) : nullptr;
       const V top = broadcast(max_of[r]);
       V sum = {};
       for_row(m.s + (first + r) * kStride, kStrip, keys, [&](int64_t key, Acc* s) {
         V e = exp_or_0<kRough>(load(s) - top, one, low);
         sum += e;
-        if (dropout) e *= load(m.factors + key);
+        if (dropout) e *= load(factors + key);
         if constexpr (Tile::kPair == 1) {
           store(s, e);
         } else {
@@ -368,6 +378,7 @@ void grad_scores(const Heads<AttentionBackward<T, T>>& heads, const Head& head, 
   const auto& p = heads.p;
   const V scale = broadcast(Acc(p.scale)), kept_scale = broadcast(Acc(dropout_scale(dropout.threshold)));
   const bool by_row = heads.by_row();
+  Factors<Acc> drawn{m.factors, dropout, dropout_pitch(p.Sk)};
   for (int64_t first = 0; first < rows; first += L) {
     const int live = int(least(rows - first, L));
     V sums[L] = {};
@@ -375,7 +386,7 @@ void grad_scores(const Heads<AttentionBackward<T, T>>& heads, const Head& head, 
     for (int r = 0; r < live; ++r) {
       const int64_t row = head.row + query + first + r;
       if (by_row) heads.fill_bias(m.bias, head, query + first + r, 0, keys);
-      if (dropout) heads.fill_factors(m.factors, dropout, row, 0, keys);
+      const Acc* const factors = dropout ? drawn.of_row(row, keys) : nullptr;
       const V max = broadcast(p.stats[row]), over_sum = broadcast(p.stats[p.rows + row]);
       const V low = lowest_exp(exponent_of(over_sum));
       V sum = {};
@@ -385,7 +396,7 @@ void grad_scores(const Heads<AttentionBackward<T, T>>& heads, const Head& head, 
         const V e = exp_or_0<kRough>(x - max, over_sum, low);
         V dp = load(s + dp_at);
         if (dropout) {
-          const V factor = load(m.factors + key);
+          const V factor = load(factors + key);
           dp *= factor;
           store(s + dp_at, dp);
           store(s, factor == 0 ? -e : e);
