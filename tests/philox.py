@@ -22,12 +22,13 @@ def words(counter, key):
 def factors(seed, use, threshold, rows, cols):
     """``(rows, cols)``, float64: 0 or 65536 / (65536 - threshold)."""
     seed %= 2**64
-    groups = -(-cols // 128)
-    call = numpy.arange(rows * groups * 16, dtype=numpy.uint64)
+    pitch = 16 if cols <= 16 else 32 if cols <= 32 else 64 if cols <= 64 else -(-cols // 128) * 128
+    groups = -(-rows * pitch // 128)
+    call = numpy.arange(groups * 16, dtype=numpy.uint64)
     parts = words(
         (call & numpy.uint64(0xFFFFFFFF), call >> numpy.uint64(32), numpy.full_like(call, use), numpy.zeros_like(call)),
         (seed % 2**32, seed // 2**32),
     )
     numbers = numpy.stack([half for word in parts for half in (word & 0xFFFF, word >> 16)])  # (slot, call)
-    numbers = numbers.reshape(8, rows, groups, 16).transpose(1, 2, 0, 3).reshape(rows, groups * 128)[:, :cols]
+    numbers = numbers.reshape(8, groups, 16).swapaxes(0, 1).reshape(-1)[: rows * pitch].reshape(rows, pitch)[:, :cols]
     return (numbers >= threshold) * (65536 / (65536 - threshold) if threshold < 65536 else 0.0)

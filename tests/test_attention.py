@@ -50,6 +50,19 @@ def assert_same_bits(ours, expected):
         assert a.dtype == b.dtype and torch.equal(a, b)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_written_past_the_caches_is_what_each_sequence_alone_gives(dtype, each_isa):
+    def run(*tensors):
+        output = attention(*(tensor.requires_grad_() for tensor in tensors))
+        return output, *torch.autograd.grad(output, tensors, torch.ones_like(output))
+
+    tensors = heads(8, 4, 80, 64, dtype=dtype, grad=False)  # 320 KB of bfloat16
+    together = run(*(tensor.clone() for tensor in tensors))
+    alone = zip(*(run(*(tensor[b : b + 1].clone() for tensor in tensors)) for b in range(8)), strict=True)
+    for found, expected in zip(together, alone, strict=True):
+        assert torch.equal(found, torch.cat(expected))
+
+
 # ---- dropout
 
 
@@ -62,7 +75,7 @@ def seed_of(manual_seed):
     return _dropout.draw_seed("cpu").item()
 
 
-@pytest.mark.parametrize("keys", [16, 130, 256])
+@pytest.mark.parametrize("keys", [16, 32, 64, 130, 256])
 def test_what_is_dropped_is_what_the_rule_says(keys, each_isa):
     zeros = torch.zeros(2, 3, keys, keys)  # all weights are 1 / keys; the values tell them apart
     torch.manual_seed(5)

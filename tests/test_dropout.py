@@ -26,7 +26,7 @@ def test_philox_gives_the_numbers_of_its_authors():
     assert [int(word) for word in found] == [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]
 
 
-@pytest.mark.parametrize("shape", [(5, 300), (3, 128), (7, 1), (2, 129)], ids=str)
+@pytest.mark.parametrize("shape", [(5, 300), (3, 128), (19, 1), (7, 17), (5, 33), (3, 65), (2, 129)], ids=str)
 def test_the_composition_drops_what_the_rule_says(shape):
     expected = philox.factors(int(SEED), 3, 6554, *shape)
     assert numpy.array_equal(_dropout.factors(SEED, 3, 6554, *shape).numpy(), expected)

@@ -1,12 +1,14 @@
 // Philox4x32-10: a 128-bit counter and a 64-bit key become 128 random bits, the same on every device, in any order.
 //   Salmon, Moraes, Dror, Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3", section 3.3.
 //
-// The rule of every dropout of a (rows, cols) matrix, so that forward, backward, CPU, CUDA and the tests agree. A row is cut into groups of 128
-// columns, a group into 8 slots of 16 lanes, since one call gives eight 16-bit numbers and a register has up to 16 lanes:
-//   call    = (row * ceil(cols / 128) + col / 128) * 16 + col % 16        counter = call (64 bits), use, 0; key = the seed
-//   slot    = col % 128 / 16                                            number  = 16 bits of the call's 128, lowest first, at 16 * slot
+// The rule of every dropout of a (rows, cols) matrix, so that forward, backward, CPU, CUDA and the tests agree. Elements are counted, and cut into
+// groups of 128, a group into 8 slots of 16 lanes, since one call gives eight 16-bit numbers and a register has up to 16 lanes:
+//   e       = row * pitch + col               pitch   = cols, rounded up to a multiple of 128, or to 16, 32 or 64
+//   call    = e / 128 * 16 + e % 16           counter = call (64 bits), use, 0; key = the seed
+//   slot    = e % 128 / 16                    number  = 16 bits of the call's 128, lowest first, at 16 * slot
 //   element is kept where number >= threshold = round(65536 p), and then multiplied with 65536 / (65536 - threshold).
-// `use` tells the dropouts apart that share a seed. A group at the end of a row is not shared with the next: no alignment of cols is asked for.
+// `use` tells the dropouts apart that share a seed. Short rows share a group, where attention of 32 keys would else throw 3 of 4 numbers away; long
+// ones do not: no alignment of cols is asked for.
 #pragma once
 #include "numeric.h"
 
@@ -53,5 +55,14 @@ struct DropoutCall {
 };
 
 FASTFT_INLINE int64_t dropout_groups(int64_t cols) { return (cols + kDropoutGroup - 1) / kDropoutGroup; }
+
+// Numbers from one row to the next.
+FASTFT_INLINE int64_t dropout_pitch(int64_t cols) {
+  return cols > 64 ? dropout_groups(cols) * kDropoutGroup : cols > 32 ? 64 : cols > 16 ? 32 : 16;
+}
+
+// The call and the slot of number e.
+FASTFT_INLINE int64_t dropout_call(int64_t e) { return e / kDropoutGroup * kDropoutLanes + e % kDropoutLanes; }
+FASTFT_INLINE int dropout_slot(int64_t e) { return int(e % kDropoutGroup) / kDropoutLanes; }
 
 }  // namespace FASTFT_NAMESPACE

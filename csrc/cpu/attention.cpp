@@ -8,6 +8,11 @@
 // them, maximum and exp, 16 rows' sums at a time. Division by the sum waits for the output, which has fewer elements.
 // Backward: likewise, with p from the two statistics of its row; dk and dv of a head stay in L2. The sum of p dp could be
 // had before, as that of dy o over a head, but not with the rounding of dp, which it cancels where few keys count.
+// Short heads would wait for memory half of their time: rows of a head are 256 bytes or less, kilobytes apart, which no
+// hardware fetches ahead. So a head's rows are asked for while the one before is computed, and large outputs are written
+// past the caches (fetching what is overwritten takes twice the time). With both, heads of 32 in memory take as long as in L2.
+// Reached on Zen 4 for heads of 32, fp32, forward and backward: 14.5 us, 60 % of the floor; products are 65 % of that (at
+// 90 % of the peak), packing 15, softmax and its gradient 10, dropout 4, writing 6.
 // Fully masked rows give zeros, as torch's math path does. bf16: products accumulate in fp32, p and ds are rounded to bf16
 // where VDPBF16PS multiplies them, else not at all.
 #include "dropout.h"
@@ -31,10 +36,32 @@ inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t rows_of_strip(int64_t rows) { return rows + kTileRows; }  // tiles write whole
 inline int64_t strips(int64_t rows, int64_t cols) { return rows_of_strip(rows) * kStride * ceil_div(cols, kBlock); }
 
+// Rows that the next head reads, asked for a few at a time, into L2: all at once would hold up what this head reads.
+constexpr int kAheadOfTile = 12;  // rows asked for with each tile: 6 leave some of a head of 32 out, 24 are no faster
+constexpr int64_t kMostAhead = 128;  // of a tensor
+struct Ahead {
+  struct Rows {
+    const char* row;
+    int64_t stride, rows;  // bytes; that are left
+  } parts[4];
+  int64_t bytes;  // of a row
+  int count = 0;
+
+  void some(int rows) {
+    while (count > 0 && rows > 0) {
+      Rows& part = parts[count - 1];
+      for (; rows > 0 && part.rows > 0; --rows, --part.rows, part.row += part.stride)
+        for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(part.row + byte, 0, 2);
+      if (part.rows == 0) --count;
+    }
+  }
+};
+
 // C (rows, cols) = A B, or += . A: a strip matrix, or, with kTransposed, (depth, rows) in one strip. B: packed panels.
 template <class Tile, bool kTransposed>
 void multiply(typename Tile::Acc* c, int64_t c_strip, const typename Tile::Unit* a, int64_t a_strip,
-              const typename Tile::Unit* b, int64_t panel, int64_t rows, int64_t cols, int64_t depth, bool add) {
+              const typename Tile::Unit* b, int64_t panel, int64_t rows, int64_t cols, int64_t depth, bool add,
+              Ahead& ahead) {
   constexpr int kCols = kTileCols<Tile>;
   static_assert(kBlock % kCols == 0, "a panel lies in one strip");
   // PyTorch multiplies one row by a sum in each lane, whose error a sum of more than a few products exceeds.
@@ -54,6 +81,7 @@ void multiply(typename Tile::Acc* c, int64_t c_strip, const typename Tile::Unit*
         else
           tile_of_rows<Tile, kStride, 1, kStride>(live, c_col + row * kStride, a_col + row * kStride, b + from * kCols,
                                                   units, add || from > 0);
+        ahead.some(kAheadOfTile);
       }
       from += most;
     } while (from < depth);
@@ -65,19 +93,42 @@ template <class Tile, class T>
 void copy_rows(typename Tile::Unit* out, int64_t strip, const T* in, int64_t stride, int64_t rows, int64_t D) {
   constexpr int kElements = kBlock * Tile::kPair;
   for (int64_t from = 0; from < D; from += kElements, out += strip)
-    for (int64_t i = 0; i < rows; ++i)
-      copy_units<Tile>(out + i * kStride, in + i * stride + from, least(D - from, kElements));
+    for (int64_t i = 0; i < rows; ++i) {
+      const T* row = in + i * stride + from;
+      int64_t elements = least(D - from, kElements), units = 0;
+      if constexpr (Tile::kPair * sizeof(T) == sizeof(float)) {  // whole units as they are, without a call of memcpy
+        units = elements / Tile::kPair;
+        const auto* const words = reinterpret_cast<const float*>(row);
+        auto* const to = reinterpret_cast<float*>(out + i * kStride);
+        for_lanes<float>(units, [&](int64_t j, auto load, auto store) { store(to + j, load(words + j)); });
+        row += units * Tile::kPair, elements -= units * Tile::kPair;
+      }
+      if (elements > 0) copy_units<Tile>(out + i * kStride + units, row, elements);
+    }
 }
 
-// Strips, times a factor for each row, rounded into rows of D elements.
+// Strips, times a factor for each row, rounded into rows of D elements; with `large`, past the caches where rows are aligned.
 template <class T, class Acc, class Factor>
-void store_rows(T* out, int64_t stride, const Acc* in, int64_t strip, int64_t rows, int64_t D, const Factor& factor) {
+void store_rows(T* out, int64_t stride, const Acc* in, int64_t strip, int64_t rows, int64_t D, bool large,
+                const Factor& factor) {
+  constexpr int kVecs = int(sizeof(Acc) / sizeof(T)), L = kVecs * kLanes<Acc>;  // that fill a register of T
+  const bool past_caches = large && (uintptr_t(out) | uintptr_t(stride) * sizeof(T)) % kVectorBytes == 0;
   for (int64_t from = 0; from < D; from += kBlock, in += strip)
     for (int64_t i = 0; i < rows; ++i) {
       const Vec<Acc> f = broadcast(factor(i));
-      for_lanes<Acc>(least(D - from, kBlock), [&](int64_t j, auto load_some, auto store_some) {
+      const Acc* const row = in + i * kStride;
+      T* const to = out + i * stride + from;
+      const int64_t cols = least(D - from, kBlock);
+      int64_t j = 0;
+      for (; j + L <= cols; j += L) {
+        Vec<Acc> v[kVecs];
+#pragma GCC unroll 2
+        for (int k = 0; k < kVecs; ++k) v[k] = load(row + j + k * kLanes<Acc>) * f;
+        put(to + j, v, past_caches);
+      }
+      for_lanes<Acc>(cols - j, [&](int64_t k, auto load_some, auto store_some) {
         (void)load_some;
-        store_some(out + i * stride + from + j, load(in + i * kStride + j) * f);
+        store_some(to + j + k, load(row + j + k) * f);
       });
     }
 }
@@ -156,6 +207,18 @@ struct Heads {
     return data + (packed ? (of_queries ? head.q_row : head.k_row) * token : head.b * batch) + head.h * of_head;
   }
 
+  // Lets `ahead` have a head's rows of a tensor.
+  template <class E>
+  void ask(Ahead& ahead, const Head& head, const E* data, bool of_queries, int64_t batch, int64_t of_head,
+           int64_t token) const {
+    const int64_t rows = least(of_queries ? head.queries : head.keys, kMostAhead);
+    const E* const first = rows_of(head, data, of_queries, batch, of_head, token);
+    if (rows > 0) ahead.parts[ahead.count++] = {reinterpret_cast<const char*>(first), token * int64_t(sizeof(E)), rows};
+  }
+
+  // Whether outputs are better written past the caches.
+  bool large() const { return p.rows * p.D * int64_t(sizeof(*p.q)) >= kStreamBytes; }
+
   // Whether rows differ in what is added to their scores.
   bool by_row() const { return p.causal || ((p.keep || p.bias) && p.mask_query != 0); }
 
@@ -179,16 +242,32 @@ struct Heads {
       for (; k < live; ++k) out[k - from] = F(0);
     for (to = round_up(to, kLanes<F>), k = k < from ? from : k; k < to; ++k) out[k - from] = kMasked;
   }
+};
 
-  // Dropout's factors of a row and keys [from, to), where from begins a group; whole groups.
-  template <class F>
-  void fill_factors(F* out, const Dropout& dropout, int64_t row, int64_t from, int64_t to) const {
-    const int64_t groups = dropout_groups(p.Sk);  // the same for all sequences, so that none shares its calls
-    for (int64_t group = from / kDropoutGroup; group * kDropoutGroup < to; ++group, out += kDropoutGroup)
-      dropout_factors(out, dropout, row * groups + group, kDropoutGroup);
+// Dropout's factors, a row's after the other: rows of few keys share a group, which is drawn once.
+template <class F>
+struct Factors {
+  F* buffer;
+  const Dropout& dropout;
+  int64_t pitch;       // by the most keys of all sequences, so that none shares its numbers
+  int64_t drawn = -1;  // the group that is in the buffer
+
+  // Without dropout they are ones, so that no loop has to ask.
+  Factors(F* buffer, const Dropout& dropout, int64_t most_keys, int64_t keys)
+      : buffer(buffer), dropout(dropout), pitch(dropout_pitch(most_keys)) {
+    for (int64_t key = 0; !dropout && key < keys; key += kLanes<F>) store(buffer + key, broadcast(F(1)));
+  }
+
+  // Of a row and its first `keys`, as many as whole registers hold.
+  const F* of_row(int64_t row, int64_t keys) {
+    if (!dropout) return buffer;
+    const int64_t first = row * pitch, group = first / kDropoutGroup;
+    for (int64_t from = 0; from < keys && (pitch >= kDropoutGroup || group != drawn); from += kDropoutGroup)
+      dropout_group(buffer + from, dropout, group + from / kDropoutGroup);
+    drawn = group;
+    return buffer + first % kDropoutGroup;
   }
 };
-static_assert(kBlock % kDropoutGroup == 0, "blocks of keys are made of dropout's groups");
 
 // exp(x) f, or 0 where that is next to nothing (x < low)
 template <bool kRough, class V>
@@ -244,9 +323,11 @@ void softmax(const Heads<AttentionForward<T, T>>& heads, const Head& head, const
   const auto& p = heads.p;
   const V scale = broadcast(Acc(p.scale)), low = lowest_exp(V{}), one = broadcast(Acc(1));
   const bool by_row = heads.by_row();
+  Factors<Acc> drawn(m.factors, dropout, p.Sk, keys);
   for (int64_t first = 0; first < rows; first += L) {
     const int live = int(least(rows - first, L));
-    V tops[L] = {}, sums[L] = {};
+    V tops[L], sums[L];
+    for (int r = live; r < L; ++r) tops[r] = sums[r] = V{};
     for (int r = 0; r < live; ++r) {
       if (by_row) heads.fill_bias(m.bias, head, query + first + r, 0, keys);
       V top = broadcast(Acc(-__builtin_inf()));
@@ -262,13 +343,13 @@ void softmax(const Heads<AttentionForward<T, T>>& heads, const Head& head, const
     alignas(kVectorBytes) Acc max_of[L];
     store(max_of, max);
     for (int r = 0; r < live; ++r) {
-      if (dropout) heads.fill_factors(m.factors, dropout, head.row + query + first + r, 0, keys);
+      const Acc* const factors = drawn.of_row(head.row + query + first + r, keys);
       const V top = broadcast(max_of[r]);
       V sum = {};
       for_row(m.s + (first + r) * kStride, kStrip, keys, [&](int64_t key, Acc* s) {
         V e = exp_or_0<kRough>(load(s) - top, one, low);
         sum += e;
-        if (dropout) e *= load(m.factors + key);
+        e *= load(factors + key);
         if constexpr (Tile::kPair == 1) {
           store(s, e);
         } else {
@@ -288,12 +369,14 @@ void softmax(const Heads<AttentionForward<T, T>>& heads, const Head& head, const
   }
 }
 
-template <class T>
-void forward(const Heads<AttentionForward<T, T>>& heads, const Head& head, const ForwardMemory<T>& m) {
+template <class T, class Claim>
+void forward(const Heads<AttentionForward<T, T>>& heads, const Head& head, const ForwardMemory<T>& m,
+             const Claim& claim) {
   using Tile = typename TileFor<T>::type;
   using Acc = Compute<T>;
   constexpr int64_t kStrip = rows_of_strip(kQueries) * kStride;
   const auto& p = heads.p;
+  Ahead ahead{{}, p.D * int64_t(sizeof(T))};
   const Dropout dropout(p.seed, p.threshold, p.use);
   const T* const q = heads.rows_of(head, p.q, true, p.q_batch, p.q_head, p.q_token);
   T* const o = heads.rows_of(head, p.o, true, p.o_batch, p.o_head, p.o_token);
@@ -306,11 +389,21 @@ void forward(const Heads<AttentionForward<T, T>>& heads, const Head& head, const
   for (int64_t query = 0; query < head.queries; query += kQueries) {
     const int64_t rows = least(head.queries - query, kQueries);
     const int64_t keys = p.causal ? least(head.keys, query + rows) : head.keys;
+    if (query + rows == head.queries)
+      if (const int64_t task = claim(); task < heads.count()) {
+        const Head next = heads.head(task);  // which reads the last of these first
+        heads.ask(ahead, next, p.v, false, p.v_batch, p.v_head, p.v_token);
+        heads.ask(ahead, next, p.q, true, p.q_batch, p.q_head, p.q_token);
+        heads.ask(ahead, next, p.k, false, p.k_batch, p.k_head, p.k_token);
+      }
     copy_rows<Tile>(m.q, kStrip, q + query * p.q_token, p.q_token, rows, p.D);
-    multiply<Tile, false>(m.s, kStrip, m.q, kStrip, m.k, m.k_panel, rows, keys, ceil_div(p.D, Tile::kPair), false);
+    multiply<Tile, false>(m.s, kStrip, m.q, kStrip, m.k, m.k_panel, rows, keys, ceil_div(p.D, Tile::kPair), false,
+                          ahead);
     softmax(heads, head, m, query, rows, keys, dropout, over_sum);
-    multiply<Tile, false>(m.o, kStrip, m.p, kStrip, m.v, m.v_panel, rows, p.D, ceil_div(keys, Tile::kPair), false);
-    store_rows(o + query * p.o_token, p.o_token, m.o, kStrip, rows, p.D, [&](int64_t i) { return over_sum[i]; });
+    multiply<Tile, false>(m.o, kStrip, m.p, kStrip, m.v, m.v_panel, rows, p.D, ceil_div(keys, Tile::kPair), false,
+                          ahead);
+    store_rows(o + query * p.o_token, p.o_token, m.o, kStrip, rows, p.D, heads.large(),
+               [&](int64_t i) { return over_sum[i]; });
   }
 }
 
@@ -368,14 +461,16 @@ void grad_scores(const Heads<AttentionBackward<T, T>>& heads, const Head& head, 
   const auto& p = heads.p;
   const V scale = broadcast(Acc(p.scale)), kept_scale = broadcast(Acc(dropout_scale(dropout.threshold)));
   const bool by_row = heads.by_row();
+  Factors<Acc> drawn(m.factors, dropout, p.Sk, keys);
   for (int64_t first = 0; first < rows; first += L) {
     const int live = int(least(rows - first, L));
-    V sums[L] = {};
+    V sums[L];
+    for (int r = live; r < L; ++r) sums[r] = V{};
     // p in place of the score, negative where it is dropped, and f dp in place of dp.
     for (int r = 0; r < live; ++r) {
       const int64_t row = head.row + query + first + r;
       if (by_row) heads.fill_bias(m.bias, head, query + first + r, 0, keys);
-      if (dropout) heads.fill_factors(m.factors, dropout, row, 0, keys);
+      const Acc* const factors = drawn.of_row(row, keys);
       const V max = broadcast(p.stats[row]), over_sum = broadcast(p.stats[p.rows + row]);
       const V low = lowest_exp(exponent_of(over_sum));
       V sum = {};
@@ -384,14 +479,10 @@ void grad_scores(const Heads<AttentionBackward<T, T>>& heads, const Head& head, 
         const V x = load(s) * scale + load(m.bias + key);  // as in the forward, where a mask may swallow the score
         const V e = exp_or_0<kRough>(x - max, over_sum, low);
         V dp = load(s + dp_at);
-        if (dropout) {
-          const V factor = load(m.factors + key);
-          dp *= factor;
-          store(s + dp_at, dp);
-          store(s, factor == 0 ? -e : e);
-        } else {
-          store(s, e);
-        }
+        const V factor = load(factors + key);
+        dp *= factor;
+        store(s + dp_at, dp);
+        store(s, factor == 0 ? -e : e);
         sum += e * dp;
       });
       sums[r] = sum;
@@ -406,12 +497,12 @@ void grad_scores(const Heads<AttentionBackward<T, T>>& heads, const Head& head, 
 #pragma GCC unroll 2
           for (int i = 0; i < P; ++i) {
             const V signed_p = load(m.s + at + i * kStride + j);
-            kept[i] = dropout ? (signed_p < 0 ? V{} : signed_p * kept_scale) : signed_p;
+            kept[i] = signed_p < 0 ? V{} : signed_p * kept_scale;
             ds[i] = abs(signed_p) * (load(m.dp + at + i * kStride + j) - broadcast(delta_of[r + i]));
             if (P == 2 && r + i >= live) kept[i] = ds[i] = V{};  // the last row of an odd number
           }
           if constexpr (P == 1) {
-            if (dropout) store(m.s + at + j, kept[0]);
+            store(m.s + at + j, kept[0]);
             store(m.dp + at + j, ds[0]);
           } else {
             const int64_t pair = from / kBlock * Memory::kPairStrip + (first + r) / 2 * kStride + j;
@@ -427,14 +518,16 @@ void grad_scores(const Heads<AttentionBackward<T, T>>& heads, const Head& head, 
   }
 }
 
-template <class T>
-void backward(const Heads<AttentionBackward<T, T>>& heads, const Head& head, const BackwardMemory<T>& m) {
+template <class T, class Claim>
+void backward(const Heads<AttentionBackward<T, T>>& heads, const Head& head, const BackwardMemory<T>& m,
+              const Claim& claim) {
   using Memory = BackwardMemory<T>;
   using Tile = typename Memory::Tile;
   using Acc = Compute<T>;
   constexpr int P = Memory::kPair;
   constexpr int64_t kStrip = Memory::kStrip;
   const auto& p = heads.p;
+  Ahead ahead{{}, p.D * int64_t(sizeof(T))};
   const Dropout dropout(p.seed, p.threshold, p.use);
   const T* const q = heads.rows_of(head, p.q, true, p.q_batch, p.q_head, p.q_token);
   const T* const dy = heads.rows_of(head, p.dy, true, p.dy_batch, p.dy_head, p.dy_token);
@@ -456,46 +549,63 @@ void backward(const Heads<AttentionBackward<T, T>>& heads, const Head& head, con
     // Whole blocks of keys: the last tile of fewer would write to rows of dk and dv that are not the end.
     const int64_t keys = p.causal ? least(head.keys, round_up(query + rows, kBlock)) : head.keys;
     const T *const q_block = q + query * p.q_token, *const dy_block = dy + query * p.dy_token;
+    if (query + rows == head.queries)
+      if (const int64_t task = claim(); task < heads.count()) {
+        const Head next = heads.head(task);  // which reads the last of these first
+        heads.ask(ahead, next, p.dy, true, p.dy_batch, p.dy_head, p.dy_token);
+        heads.ask(ahead, next, p.q, true, p.q_batch, p.q_head, p.q_token);
+        heads.ask(ahead, next, p.v, false, p.v_batch, p.v_head, p.v_token);
+        heads.ask(ahead, next, p.k, false, p.k_batch, p.k_head, p.k_token);
+      }
     copy_rows<Tile>(m.q_rows, kStrip, q_block, p.q_token, rows, p.D);
     copy_rows<Tile>(m.dy_rows, kStrip, dy_block, p.dy_token, rows, p.D);
     if (p.dk) pack_depth_major<Tile>(m.q, m.q_panel, q_block, p.q_token, rows, p.D);
     if (p.dv) pack_depth_major<Tile>(m.dy, m.q_panel, dy_block, p.dy_token, rows, p.D);
-    multiply<Tile, false>(m.s, kStrip, m.q_rows, kStrip, m.kt, m.d_panel, rows, keys, units, false);
-    multiply<Tile, false>(m.dp, kStrip, m.dy_rows, kStrip, m.vt, m.d_panel, rows, keys, units, false);
+    multiply<Tile, false>(m.s, kStrip, m.q_rows, kStrip, m.kt, m.d_panel, rows, keys, units, false, ahead);
+    multiply<Tile, false>(m.dp, kStrip, m.dy_rows, kStrip, m.vt, m.d_panel, rows, keys, units, false, ahead);
     grad_scores(heads, head, m, query, rows, keys, dropout);
     for (int64_t key = 0; key < keys; key += kBlock) {
       const int64_t of_block = least(keys - key, kBlock), at = key / kBlock * Memory::kPairStrip;
       const bool add = zeros || query > 0;
       if (p.dv)
         multiply<Tile, true>(m.dv + key * kStride, k_strip, m.pt + at, 0, m.dy, m.q_panel, of_block, p.D,
-                             ceil_div(rows, P), add);
+                             ceil_div(rows, P), add, ahead);
       if (p.dk)
         multiply<Tile, true>(m.dk + key * kStride, k_strip, m.dst + at, 0, m.q, m.q_panel, of_block, p.D,
-                             ceil_div(rows, P), add);
+                             ceil_div(rows, P), add, ahead);
     }
     if (!p.dq) continue;
-    multiply<Tile, false>(m.dq, kStrip, m.ds, kStrip, m.k, m.k_panel, rows, p.D, ceil_div(keys, P), false);
+    multiply<Tile, false>(m.dq, kStrip, m.ds, kStrip, m.k, m.k_panel, rows, p.D, ceil_div(keys, P), false, ahead);
     store_rows(heads.rows_of(head, p.dq, true, p.dq_batch, p.dq_head, p.dq_token) + query * p.dq_token, p.dq_token,
-               m.dq, kStrip, rows, p.D, [&](int64_t) { return Acc(p.scale); });
+               m.dq, kStrip, rows, p.D, heads.large(), [&](int64_t) { return Acc(p.scale); });
   }
   if (p.dk)
     store_rows(heads.rows_of(head, p.dk, false, p.dk_batch, p.dk_head, p.dk_token), p.dk_token, m.dk, k_strip,
-               head.keys, p.D, [&](int64_t) { return Acc(p.scale); });
+               head.keys, p.D, heads.large(), [&](int64_t) { return Acc(p.scale); });
   if (p.dv)
     store_rows(heads.rows_of(head, p.dv, false, p.dv_batch, p.dv_head, p.dv_token), p.dv_token, m.dv, k_strip,
-               head.keys, p.D, [](int64_t) { return Acc(1); });
+               head.keys, p.D, heads.large(), [](int64_t) { return Acc(1); });
 }
 
-// Each worker's memory, and body(heads, head, memory) for each head.
+// Each worker's memory, and body(heads, head, memory, claim) for each head. claim() gives the task that this worker does
+// next; called late, in the last block of queries, so that no worker claims what another one could begin sooner.
 template <class Memory, class Args, class Body>
 void for_heads(const Args& p, const float* float_bias, const Host& host, const Body& body) {
   const Heads<Args> heads(p, float_bias, host);
   Arena sizes{nullptr};
   Memory(sizes, p.Sk, p.D);
   char* const all = scratch<char>(host, sizes.bytes * host.threads);
-  parallel_for(host, heads.count(), [&](int64_t task, int worker) {
+  int64_t claimed = 0;
+  parallel_for(host, least(host.threads, heads.count()), [&](int64_t worker, int) {
     Arena arena{all + sizes.bytes * worker};
-    body(heads, heads.head(task), Memory(arena, p.Sk, p.D));
+    const Memory memory(arena, p.Sk, p.D);
+    const auto claim = [&] { return __atomic_fetch_add(&claimed, 1, __ATOMIC_RELAXED); };
+    for (int64_t task = claim(); task < heads.count();) {
+      int64_t next = -1;
+      body(heads, heads.head(task), memory, [&] { return next = claim(); });
+      task = next < 0 ? claim() : next;  // without queries it was not called
+    }
+    streamed();
   });
 }
 
@@ -508,13 +618,15 @@ inline const float* float_bias_of(const float* bias) { return bias; }
 
 template <class T>
 void forward_heads(const AttentionForward<T, T>& p, const float* float_bias, const Host& host) {
-  for_heads<ForwardMemory<T>>(p, float_bias, host,
-                              [](const auto& heads, const Head& head, const auto& m) { forward(heads, head, m); });
+  for_heads<ForwardMemory<T>>(
+      p, float_bias, host,
+      [](const auto& heads, const Head& head, const auto& m, const auto& claim) { forward(heads, head, m, claim); });
 }
 template <class T>
 void backward_heads(const AttentionBackward<T, T>& p, const float* float_bias, const Host& host) {
-  for_heads<BackwardMemory<T>>(p, float_bias, host,
-                               [](const auto& heads, const Head& head, const auto& m) { backward(heads, head, m); });
+  for_heads<BackwardMemory<T>>(
+      p, float_bias, host,
+      [](const auto& heads, const Head& head, const auto& m, const auto& claim) { backward(heads, head, m, claim); });
 }
 
 }  // namespace

@@ -76,8 +76,8 @@ __device__ F score(const Args& p, const Place& at, const T* q, const T* k, int64
 template <class F, class Args>
 __device__ F factor(const Args& p, int64_t row, int64_t key) {
   if (!p.seed) return F(1);
-  const int64_t call = (row * dropout_groups(p.Sk) + key / kDropoutGroup) * kDropoutLanes + key % kDropoutLanes;
-  const uint32_t number = DropoutCall(*p.seed, p.use, call).number(int(key % kDropoutGroup / kDropoutLanes));
+  const int64_t e = row * dropout_pitch(p.Sk) + key;
+  const uint32_t number = DropoutCall(*p.seed, p.use, dropout_call(e)).number(dropout_slot(e));
   return int64_t(number) >= p.threshold ? F(dropout_scale(p.threshold)) : F(0);
 }
 

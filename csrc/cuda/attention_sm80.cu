@@ -103,11 +103,12 @@ __device__ void finish_scores(float (&s)[kTiles][4], float scale, bool plain, co
 // Of the keys k + 16 s for s = 0..7, where k = group * 128 + lane: bit s tells whether it is kept.
 template <class Args>
 __device__ uint32_t kept_keys(const Args& p, int64_t row, int64_t group, int lane) {
-  const DropoutCall call(*p.seed, p.use, (row * dropout_groups(p.Sk) + group) * kDropoutLanes + lane);
+  const int64_t first = row * dropout_pitch(p.Sk) + group * kDropoutGroup;
+  const DropoutCall call(*p.seed, p.use, dropout_call(first) + lane);
   uint32_t bits = 0;
 #pragma unroll
   for (int slot = 0; slot < 8; ++slot) bits |= uint32_t(int64_t(call.number(slot)) >= p.threshold) << slot;
-  return bits;
+  return bits >> dropout_slot(first);
 }
 
 // Those of one row for the keys 2t, 2t + 1, 2t + 8, 2t + 9 modulo 16: a byte each.

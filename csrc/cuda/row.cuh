@@ -226,7 +226,8 @@ struct Kept {
 template <class F, class Args>
 __device__ Kept<F> kept_of(uint8_t* calls, const Args& p, int64_t row, int64_t first, int64_t count) {
   if (!p.seed) return {nullptr, F(1), first};
-  const int64_t call = row * dropout_groups(p.H) * kDropoutLanes + first / kDropoutGroup * kDropoutLanes;
+  const int64_t number = row * dropout_pitch(p.H) + first, call = dropout_call(number);
+  const int first_slot = dropout_slot(number);
   const uint32_t threshold = uint32_t(p.threshold);
 #pragma unroll 1
   for (int64_t i = threadIdx.x; i < count; i += kWarp) {
@@ -235,7 +236,7 @@ __device__ Kept<F> kept_of(uint8_t* calls, const Args& p, int64_t row, int64_t f
 #pragma unroll
     for (int slot = 0; slot < kDropoutGroup / kDropoutLanes; ++slot)
       kept |= uint32_t(numbers.number(slot) >= threshold) << slot;
-    calls[i] = uint8_t(kept);
+    calls[i] = uint8_t(kept >> first_slot);
   }
   __syncwarp();
   return {calls, F(dropout_scale(p.threshold)), first};

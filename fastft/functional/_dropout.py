@@ -34,12 +34,17 @@ def factors(seed, use, threshold, rows, cols):
     """
     row = torch.arange(rows, device=seed.device)[:, None]
     col = torch.arange(cols, device=seed.device)[None, :]
-    call = (row * -(-cols // GROUP) + col // GROUP) * LANES + col % LANES
-    words = torch.stack(_philox(call, use, seed))
-    slot = (col % GROUP // LANES).expand(rows, cols)
+    number = row * _pitch(cols) + col
+    words = torch.stack(_philox(number // GROUP * LANES + number % LANES, use, seed))
+    slot = number % GROUP // LANES
     word = words.gather(0, (slot // 2)[None])[0]
     number = word >> 16 * (slot % 2) & 0xFFFF
     return (number >= threshold).double() * scale(threshold)
+
+
+def _pitch(cols):
+    """Numbers from one row to the next."""
+    return next((pitch for pitch in (16, 32, 64) if cols <= pitch), -(-cols // GROUP) * GROUP)
 
 
 def _philox(call, use, seed):
