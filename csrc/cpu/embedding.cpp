@@ -110,7 +110,7 @@ void embedding_backward(const EmbeddingBackward<T, W>& p, const Host& host) {
       const Rows<EmbeddingBackward<T, W>> rows(p, row);
       if (dropout) dropout_factors(factors, dropout, row, H);
       row_norm_backward(
-          dw, db, n, g, p.mean[row], p.rstd[row], p.w, H, p.dh != nullptr,
+          dw, db, n, g, p.mean[row], p.rstd[row], p.w, H, p.dh != nullptr, false,
           [&](int64_t j, auto load) {
             Vec<Acc> dy = load(p.dy + row * H + j);
             if (dropout) dy *= FASTFT_NAMESPACE::load(factors + j);

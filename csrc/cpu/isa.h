@@ -302,6 +302,18 @@ inline void stream(T* p, V v) {
   std::memcpy(p, &v, sizeof v);
 #endif
 }
+inline void stream_lanes(float* p, Vec<float> v) { stream(p, v); }
+inline void stream_lanes(double* p, Vec<double> v) { stream(p, v); }
+inline void stream_lanes(bf16* p, Vec<float> v) {  // half a line or less: the next has the rest
+  const HalfBits bits = to_bf16(v);
+#if defined(FASTFT_ISA_AVX512) || defined(FASTFT_ISA_AVX512_BF16)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)bits);
+#elif defined(FASTFT_ISA_AVX2)
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)bits);
+#else
+  std::memcpy(p, &bits, sizeof bits);
+#endif
+}
 inline void streamed() {
 #if defined(__SSE2__)
   _mm_sfence();
@@ -311,6 +323,13 @@ inline void streamed() {
 // Outputs from this size on are streamed: whoever reads them is another core half of the time, which takes longer to have them from this one's cache
 // than from memory (products of 64 rows gain 1 to 20 %).
 constexpr int64_t kStreamBytes = 256 << 10;
+
+// Whether a matrix of whole registers' rows, from an aligned address on, is large enough to be streamed.
+template <class T>
+bool streams(const T* data, int64_t rows, int64_t cols) {
+  const int64_t row_bytes = cols * int64_t(sizeof(T));
+  return data && rows * row_bytes >= kStreamBytes && (int64_t(uintptr_t(data)) | row_bytes) % kVectorBytes == 0;
+}
 
 // A register, to p; with `past_caches` p is aligned.
 template <class T, class V>
@@ -345,6 +364,14 @@ inline __attribute__((always_inline)) void for_lanes(int64_t n, const Body& body
   for (; j + L <= n; j += L) body(j, [](const auto* p) { return load(p); }, [](auto* p, Vec<F> v) { store(p, v); });
   if (const int rest = int(n - j))
     body(j, [rest](const auto* p) { return load(p, rest); }, [rest](auto* p, Vec<F> v) { store(p, v, rest); });
+}
+
+// The same where `store` streams if `past_caches` says so: n is then whole registers, and so is where it stores.
+template <class F, class Body>
+inline __attribute__((always_inline)) void for_lanes(int64_t n, bool past_caches, const Body& body) {
+  if (!past_caches) return for_lanes<F>(n, body);
+  for (int64_t j = 0; j < n; j += kLanes<F>)
+    body(j, [](const auto* p) { return load(p); }, [](auto* p, Vec<F> v) { stream_lanes(p, v); });
 }
 
 // 0, 1, 2 ...

@@ -16,13 +16,6 @@
 namespace FASTFT_NAMESPACE {
 namespace {
 
-// Whether a matrix of whole registers' rows, from an aligned address on, is large enough to be streamed.
-template <class T>
-bool streams(const T* data, int64_t rows, int64_t cols) {
-  const int64_t row_bytes = cols * int64_t(sizeof(T));
-  return data && rows * row_bytes >= kStreamBytes && (int64_t(uintptr_t(data)) | row_bytes) % kVectorBytes == 0;
-}
-
 template <class T>
 constexpr bool kRough = sizeof(T) == 2;
 

@@ -39,7 +39,7 @@ struct RowInputs {
 //   inputs(j, load) -> RowInputs, of which lanes beyond the end are zeros   output(j, dh, store), null if dh is not wanted
 template <class Acc, class W, class Inputs, class Output>
 inline void row_norm_backward(Acc* dw, Acc* db, Acc* n, Acc* g, Acc mean, Acc rstd, const W* w, int64_t H, bool wants_h,
-                              const Inputs& inputs, const Output& output) {
+                              bool past_caches, const Inputs& inputs, const Output& output) {
   Vec<Acc> g_total = {}, gn_total = {};
   for_lanes<Acc>(H, [&](int64_t j, auto load, auto store) {
     const RowInputs<Acc> given = inputs(j, load);
@@ -53,8 +53,9 @@ inline void row_norm_backward(Acc* dw, Acc* db, Acc* n, Acc* g, Acc mean, Acc rs
   });
   if (!wants_h) return;
   const Acc g_mean = sum_lanes<Acc>(g_total)[0] / Acc(H), gn_mean = sum_lanes<Acc>(gn_total)[0] / Acc(H);
-  for_lanes<Acc>(
-      H, [&](int64_t j, auto, auto store) { output(j, (load(g + j) - g_mean - load(n + j) * gn_mean) * rstd, store); });
+  for_lanes<Acc>(H, past_caches, [&](int64_t j, auto, auto store) {
+    output(j, (load(g + j) - g_mean - load(n + j) * gn_mean) * rstd, store);
+  });
 }
 
 }  // namespace FASTFT_NAMESPACE
