@@ -140,7 +140,7 @@ def watched(module, but=()):
     if torch_module._has_any_global_hook():
         return "is watched by a global hook"
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    if any(_counts(hook) and _name(hook) not in but for of_kind in hooks for hook in of_kind.values()):
+    if any(hooks) and any(_counts(hook) and _name(hook) not in but for of_kind in hooks for hook in of_kind.values()):
         return "has a hook"
     return None
 
