@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+import fastft
 from benchmarks import report
 from fastft import _library
 from fastft.models.mask import with_lengths
@@ -157,8 +158,8 @@ class Training:
 
     ``optimize``: options of fastft.optimize; None leaves the model stock. Stock's AdamW is the fused one; with
     ``our_optimizer`` clipping and update are fastft.optim's. ``compiled`` is torch.compile's mode, or True for its
-    default. ``converted``: parameters in the cell's dtype and no autocast. ``graphed``: :meth:`step` replays a CUDA
-    graph of the whole step.
+    default. ``converted``: parameters in the cell's dtype and no autocast. ``graphed``: :meth:`step` is a
+    fastft.GraphedStep, captured already, with our clipping and PyTorch's fused update; ``loss`` is its last.
     """
 
     def __init__(
@@ -178,21 +179,23 @@ class Training:
         if converted:
             self.model.to(getattr(torch, cell.dtype))
         if optimize is not None:
-            import fastft
-
             fastft.optimize(self.model, **optimize)
         mode = compiled if isinstance(compiled, str) else None
         self._run: Callable = torch.compile(self.model, mode=mode) if compiled else self.model
         self.parameters = list(self.model.parameters())
         self.batch = cell.tensors(device)
         self._clips = not our_optimizer
-        if our_optimizer:
-            from fastft.optim import AdamW
-
-            self.optimizer = AdamW(self.parameters, lr=lr, max_grad_norm=1.0)
+        self._graphed = None
+        if graphed:
+            self.optimizer = fastft.optim.AdamW(self.parameters, lr=lr, max_grad_norm=1.0, fused=True, capturable=True)
+            dtype = torch.bfloat16 if self._casts and cell.dtype == "bfloat16" else None
+            self._graphed = fastft.GraphedStep(self.model, self.optimizer, dtype=dtype)
+            for _ in range(2):
+                self.step()
+        elif our_optimizer:
+            self.optimizer = fastft.optim.AdamW(self.parameters, lr=lr, max_grad_norm=1.0)
         else:
-            self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, fused=True, capturable=graphed)
-        self._graph = self._captured() if graphed else None
+            self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, fused=True)
 
     def forward(self) -> torch.Tensor:
         """The loss."""
@@ -206,25 +209,9 @@ class Training:
         self.optimizer.step()
 
     def step(self) -> None:
-        if self._graph is not None:
-            return self._graph.replay()
+        if self._graphed is not None:
+            self.loss = self._graphed(self.batch)
+            return
         self.forward().backward()
         self.update()
         self.optimizer.zero_grad()
-
-    def _captured(self) -> torch.cuda.CUDAGraph:
-        """A whole step. Seeds of dropout are drawn by PyTorch's generator, which a replay moves on, as it does the
-        optimizer's count of steps, which is on the GPU; ``loss`` is the last replay's."""
-        self._graph = None
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):  # what a first step prepares cannot be captured
-                self.step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.loss = self.forward()
-            self.loss.backward()
-            self.update()
-        return graph

@@ -196,7 +196,8 @@ def _check_far(op: Callable[[torch.Tensor], torch.Tensor], elements: int, device
 
 def _check_capture() -> None:
     """The weights stay, so that nothing but dropout tells one replay's loss from another's."""
-    training = Training(Cell("tiny", 8, 32, "bfloat16"), {"cls_only": False}, graphed=True, device="cuda", lr=0.0)
+    cell = Cell("tiny", 8, 32, "bfloat16", "uneven")
+    training = Training(cell, {"cls_only": False}, graphed=True, device="cuda", lr=0.0)
     losses = []
     for _ in range(6):
         training.step()

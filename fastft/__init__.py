@@ -15,6 +15,7 @@ _HOMES = {
     "report": "models.report",
     "Report": "models.report",
     "TextClassifier": "training.classifier",
+    "GraphedStep": "training.graphed_step",
     "finetune": "training.finetune",
     "evaluate": "training.evaluate",
     "predict": "training.predict",

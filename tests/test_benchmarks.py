@@ -1,6 +1,5 @@
 """Benchmarks of whole models, on models too small to measure: every one runs, and its figures are of what it says."""
 
-import contextlib
 import csv
 import json
 import os
@@ -9,6 +8,7 @@ import sys
 import time
 import types
 
+import graphs
 import pytest
 import torch
 from tiny import make_checkpoint, make_reviews
@@ -354,42 +354,14 @@ def test_peers_are_called_as_their_functions_are_declared(rehearsal, monkeypatch
     assert {row["provider"] for row in rows} == {"fastft", "torch", *gpu.PEERS}
 
 
-def test_a_graph_is_captured_after_three_steps_and_without_gradients(monkeypatch):
-    """With stand-ins for CUDA's: what a capture records is run once."""
-    events = []
-
-    class Stream:
-        def wait_stream(self, other):
-            events.append("wait")
-
-    class Graph:
-        def replay(self):
-            events.append("replay")
-
-    @contextlib.contextmanager
-    def capture(graph):
-        assert all(parameter.grad is None for parameter in made[0].parameters)
-        events.append("capture")
-        yield
-        assert any(parameter.grad is not None for parameter in made[0].parameters)
-
-    made, step = [], cells.Training.update
-
-    def update(self):
-        made.append(self)
-        events.append("step")
-        step(self)
-
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", capture)
-    monkeypatch.setattr(cells.Training, "update", update)
-    training = cells.Training(gpu.TINY_CELLS[0], {"cls_only": False}, graphed=True, lr=0.0)
+def test_a_graphed_training_replays_from_its_first_step_on(monkeypatch):
+    captured = graphs.stand_in(monkeypatch)
+    training = cells.Training(gpu.TINY_CELLS[0], {"cls_only": False}, graphed=True)
+    before = [parameter.clone() for parameter in training.parameters]
+    assert len(captured) == 1 and captured[0].replays == 1
     training.step()
-    assert events == ["wait", *["step"] * 3, "wait", "capture", "step", "replay"]
-    assert training.loss.isfinite()
+    assert len(captured) == 1 and captured[0].replays == 2 and training.loss.isfinite()
+    assert not all(map(torch.equal, before, training.parameters))
 
 
 def test_a_part_that_crashes_or_hangs_costs_itself_alone(monkeypatch, tmp_path, capsys):

@@ -9,12 +9,12 @@ import os
 import subprocess
 import sys
 
+import graphs
 import pytest
 import simt
 import small_models
 import test_encoder_layer
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastft
 import setup
@@ -289,26 +289,6 @@ def test_a_whole_model_packs_by_the_lengths_of_its_mask(cls_only, autocast, gpu,
         assert any(name.startswith(kind) for name in gpu), kind
 
 
-class NeverWaits(TorchDispatchMode):
-    """Fails where the host would wait for a GPU: for a number, or for how many there are."""
-
-    WAITS = ("_local_scalar_dense", "equal", "is_nonzero", "masked_select", "nonzero", "unique")
-
-    def __init__(self):
-        super().__init__()
-        self.made_of_numbers = []  # torch.tensor's, which the host has
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func._schema.name.removeprefix("aten::")
-        masks = [i for i in args[1] if i is not None and i.dtype == torch.bool] if name.startswith("index") else ()
-        if name.startswith(self.WAITS) or masks:
-            assert any(args[0] is known for known in self.made_of_numbers), f"{func} waits"
-        result = func(*args, **(kwargs or {}))
-        if name == "lift_fresh":
-            self.made_of_numbers.append(result)
-        return result
-
-
 @pytest.mark.parametrize(("way", "lengths"), [("float32", "uneven"), ("float32", "full"), ("autocast", "uneven")])
 def test_the_host_waits_for_nothing_in_a_whole_step(way, lengths, gpu, monkeypatch):
     """As on_fake_gpu.py has it, but for transformers' masks, which it makes of fake tensors in another way."""
@@ -319,7 +299,7 @@ def test_the_host_waits_for_nothing_in_a_whole_step(way, lengths, gpu, monkeypat
     inputs, of = small_models.batch(0), [11] * 6 if lengths == "full" else [5, 11, 3, 1, 7, 9]
     inputs["attention_mask"] = with_lengths((torch.arange(11) < torch.tensor(of)[:, None]).long(), of)
     before = [parameter.clone() for parameter in model.parameters()]
-    with NeverWaits(), torch.autocast("cpu", torch.bfloat16, enabled=way == "autocast"):
+    with graphs.NeverWaits(), torch.autocast("cpu", torch.bfloat16, enabled=way == "autocast"):
         loss = model(**inputs).loss
         loss.backward()
         optimizer.step()
