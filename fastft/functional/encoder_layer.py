@@ -161,7 +161,7 @@ class _Run(NamedTuple):
         nobody else has it."""
         if self.memory == "lowest":
             again = self._replace(memory="fast")
-            _, kept = again.forward(mask, cu_seqlens, seed, input, parameters, keep=True)
+            kept = again.forward(mask, cu_seqlens, seed, input, parameters, keep=True)[1]  # and not the output
             return again.backward(mask, cu_seqlens, seed, kept, wanted, grad, input, *parameters, spent=True)
         (first, second), (of_first, of_second) = self.split(parameters), self.split(wanted[1:])
         grads_first, grads_second, x = (), (), input
