@@ -206,6 +206,13 @@ FASTFT_INLINE F lowest_exp(F exponent) {
   return (2 - C::bias - exponent) * C::ln2;
 }
 
+// exp(x) f, or 0 where that is next to nothing (x < low)
+template <bool kRough, class F>
+FASTFT_INLINE F exp_or_0(F x, F f, F low) {
+  const F y = exp_times<kRough>(x, f);
+  return x < low ? F{} : y;
+}
+
 // e of a normal number m 2^e, 1 <= |m| < 2
 template <class F>
 FASTFT_INLINE F exponent_of(F x) {

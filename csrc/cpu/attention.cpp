@@ -269,13 +269,6 @@ struct Factors {
   }
 };
 
-// exp(x) f, or 0 where that is next to nothing (x < low)
-template <bool kRough, class V>
-inline V exp_or_0(V x, V f, V low) {
-  const V y = exp_times<kRough>(x < low ? low : x, f);
-  return x < low ? V{} : y;
-}
-
 // ---- forward
 
 template <class T>
@@ -319,7 +312,6 @@ void softmax(const Heads<AttentionForward<T, T>>& heads, const Head& head, const
   using V = Vec<Acc>;
   constexpr int L = kLanes<Acc>;
   constexpr int64_t kStrip = rows_of_strip(kQueries) * kStride;
-  constexpr bool kRough = sizeof(T) == 2;
   const auto& p = heads.p;
   const V scale = broadcast(Acc(p.scale)), low = lowest_exp(V{}), one = broadcast(Acc(1));
   const bool by_row = heads.by_row();
@@ -347,7 +339,7 @@ void softmax(const Heads<AttentionForward<T, T>>& heads, const Head& head, const
       const V top = broadcast(max_of[r]);
       V sum = {};
       for_row(m.s + (first + r) * kStride, kStrip, keys, [&](int64_t key, Acc* s) {
-        V e = exp_or_0<kRough>(load(s) - top, one, low);
+        V e = exp_or_0<kRough<T>>(load(s) - top, one, low);
         sum += e;
         e *= load(factors + key);
         if constexpr (Tile::kPair == 1) {
@@ -457,7 +449,6 @@ void grad_scores(const Heads<AttentionBackward<T, T>>& heads, const Head& head, 
   using Acc = Compute<T>;
   using V = Vec<Acc>;
   constexpr int L = kLanes<Acc>, P = Memory::kPair;
-  constexpr bool kRough = sizeof(T) == 2;
   const auto& p = heads.p;
   const V scale = broadcast(Acc(p.scale)), kept_scale = broadcast(Acc(dropout_scale(dropout.threshold)));
   const bool by_row = heads.by_row();
@@ -477,7 +468,7 @@ void grad_scores(const Heads<AttentionBackward<T, T>>& heads, const Head& head, 
       const int64_t dp_at = m.dp - m.s;
       for_row(m.s + (first + r) * kStride, Memory::kStrip, keys, [&](int64_t key, Acc* s) {
         const V x = load(s) * scale + load(m.bias + key);  // as in the forward, where a mask may swallow the score
-        const V e = exp_or_0<kRough>(x - max, over_sum, low);
+        const V e = exp_or_0<kRough<T>>(x - max, over_sum, low);
         V dp = load(s + dp_at);
         const V factor = load(factors + key);
         dp *= factor;

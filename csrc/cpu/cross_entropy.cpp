@@ -354,7 +354,7 @@ Totals<typename R::F> along(const R& rows, int64_t at, int64_t index) {
   using T = typename R::Logit;
   constexpr int P = kLanes<T>;
   const T* const x = rows.p.x + at;
-  Running<sizeof(typename R::Parameter) == 2, T> running(load_words(x), to_float(x[index]));
+  Running<kRough<typename R::Parameter>, T> running(load_words(x), to_float(x[index]));
   const Parts<T> parts(rows.C);
   int64_t c = 0;
   for (int n; (n = int(parts.registers - c / P)) > 0; c += n * P) {
@@ -531,10 +531,7 @@ void grad_along_quickly(const R& rows, int64_t at, const Scales<F>& by, F lowest
   const T* const x = rows.p.x + at;
   T* const dx = rows.p.dx + at;
   const V max = broadcast(by.max), factor = broadcast(by.softmax), low = broadcast(lowest);
-  const auto grad = [&](V x) {
-    const V v = x - max, e = exp_times<sizeof(T) == 2>(v, factor);
-    return v < low ? V{} : e;
-  };
+  const auto grad = [&](V x) { return exp_or_0<kRough<T>>(x - max, factor, low); };
   int64_t c = write_words(rows, dx, [&](int64_t c) {
     const Words<T> words = fetch_words(x + c);
     V parts[kParts<T>];

@@ -32,6 +32,10 @@ using Vec = typename VecOf<T>::type;
 template <class T>
 constexpr int kLanes = kVectorBytes / int(sizeof(T));
 
+// Whether exponentials and activations of which a T is made may be as rough as a bf16.
+template <class T>
+constexpr bool kRough = sizeof(T) == 2;
+
 template <>
 struct Number<Vec<float>> {
   using Scalar = float;

@@ -16,9 +16,6 @@
 namespace FASTFT_NAMESPACE {
 namespace {
 
-template <class T>
-constexpr bool kRough = sizeof(T) == 2;
-
 // Rows that an epilogue reads, or writes and does not stream.
 template <class T>
 Touched touched(T* data, int64_t cols) {
