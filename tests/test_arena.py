@@ -20,6 +20,7 @@ ROWS = (600, 1000)  # 2.4 MB
 @pytest.fixture(autouse=True)
 def arena(monkeypatch):
     monkeypatch.setattr(_arena, "_ARENAS", [_arena.Arena(), _arena.Arena()])
+    monkeypatch.setattr(_arena, "_together", False)
     return _arena._ARENAS[0]
 
 
@@ -30,6 +31,14 @@ def test_memory_is_taken_again_when_its_tensor_is_gone():
     assert second.data_ptr() != place
     del first
     assert _arena.empty((ROWS[0] - 5, ROWS[1]), torch.float32, LIKE).data_ptr() == place
+
+
+def test_gradients_have_memory_of_their_own_unless_both_are_kept_together():
+    place = _arena.empty(ROWS, torch.float32, LIKE).data_ptr()
+    gradient = _arena.empty(ROWS, torch.float32, LIKE, kind=_arena.GRADIENT)
+    assert gradient.data_ptr() != place
+    _arena.keep_together(True)
+    assert _arena.empty(ROWS, torch.float32, LIKE, kind=_arena.GRADIENT).data_ptr() == place
 
 
 def test_a_view_a_graph_or_a_storage_keeps_it():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fastft import activations
+from fastft.functional import _arena
 from fastft.functional import encoder_layer as node
 from fastft.functional._choice import use_backend
 from fastft.testing import error
@@ -207,6 +208,7 @@ def test_keeping_less_changes_no_bit_of_float32(halves, layout, memory):
             output = layer(run._replace(memory=name), layout, key)(**leaves)
         output.backward(torch.ones_like(output))
         kept[name], found[name] = sum(sizes), [output, *(leaf.grad for leaf in leaves.values())]
+        assert _arena._together == (name == "lowest")
     given = sum(tensor.numel() for tensor in arguments.values())
     assert kept[memory] < kept["fast"]
     if memory == "lowest" and not layout.startswith("padded"):  # where there is a mask

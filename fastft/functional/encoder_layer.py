@@ -414,6 +414,7 @@ def _parts(joined, count):
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, run, mask, cu_seqlens, seed, input, *parameters):
+        _arena.keep_together(run.memory == "lowest")
         output, kept = run.forward(mask, cu_seqlens, seed, input, parameters, keep=True)
         ctx.run, ctx.count = run, len(kept)
         ctx.save_for_backward(*kept, mask, cu_seqlens, seed, input, *parameters)
