@@ -15,9 +15,10 @@ def optimize(model, *, dtype="auto", padding_free=True, cls_only="auto", activat
 
     Only the classes of modules change, each to a subclass of the same name: parameters, ``state_dict``, saving and
     loading stay as they are. :func:`fastft.report` tells what runs where, :func:`restore` undoes it. Call it before
-    anything wraps the model (``fully_shard``, ``Trainer(bf16=True)``, accelerate); calling it again takes in what was
-    added since, and the new ``dtype``. The first call on a machine takes a few seconds more to find out which kernels
-    are faster there (FASTFT_TUNE=0 leaves it to the shipped rule).
+    anything wraps the model (``fully_shard``, ``Trainer(bf16=True)``, accelerate), but after what chooses modules by
+    their exact class (``quantize_dynamic`` would leave ours alone); calling it again takes in what was added since, and
+    the new ``dtype``. The first call on a machine takes a few seconds more to find out which kernels are faster there
+    (FASTFT_TUNE=0 leaves it to the shipped rule).
 
     Args:
         model: any torch.nn.Module. BertModel, BertForSequenceClassification and TextClassifier are known as a whole; of
