@@ -5,7 +5,8 @@ snippets of movie reviews are. Stock has SDPA attention and the fused AdamW; bfl
 has it. Weights are random: speed does not depend on them. The share of the FMA peak counts the FLOPs of matrix products
 and attention, none of padding. "fastft" computes all that stock does, with stock's optimizer; "fastft, AdamW" has
 fastft.optim's; "fastft, first" computes the last layer for first tokens only, as fastft.optimize has it by default for
-classifiers. With --parts: where the time goes, each part beside its own floor.
+classifiers. Where they are installed, keras-hub on JAX and ONNX Runtime's training are measured too (contenders.py has
+the command for each). With --parts: where the time goes, each part beside its own floor.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from dataclasses import asdict
 
 import torch
 
-from benchmarks import cells, parts, report
+from benchmarks import cells, contenders, parts, report
 from benchmarks.cells import Cell, Training
 from fastft.testing.timing import Peaks, Spread, compare, kept_for_backward
 
@@ -61,14 +62,16 @@ def _options() -> argparse.Namespace:
 def _measure(cell: Cell, providers: list[str], peaks: Peaks, options: argparse.Namespace) -> list[tuple]:
     """What cells.publish takes of one cell."""
     trainings = {name: Training(cell, **PROVIDERS[name], device=options.device) for name in providers}
+    others = contenders.installed(cell) if options.device == "cpu" and not options.only else []
+    runs = {name: training.step for name, training in trainings.items()}
     times = compare(
-        {name: training.step for name, training in trainings.items()},
+        runs | {name: contenders.step(name, cell) for name in others},
         rounds=options.rounds,
         peaks=peaks,
         device=options.device,
     )
     rows = []
-    for name, training in trainings.items():
+    for name in (*trainings, *others):
         print(f"{cell}: {name} {_seconds(times[name])}", file=sys.stderr)
         row = {
             **asdict(cell),
@@ -77,10 +80,11 @@ def _measure(cell: Cell, providers: list[str], peaks: Peaks, options: argparse.N
             "ratio": asdict(times.ratio(name, STOCK)),
             "kept": None,
         }
-        if name != COMPILE:
+        if name in trainings and name != COMPILE:
+            training = trainings[name]
             given = [*training.parameters, *training.batch.values()]
             row["kept"] = kept_for_backward(training.forward, given)
-        pytorch = None if name == FIRST else "optimize" not in PROVIDERS[name]  # FIRST leaves some FLOPs out
+        pytorch = None if name == FIRST else "optimize" not in PROVIDERS.get(name, {})  # FIRST leaves some FLOPs out
         rows.append((row, step_flops(cell), pytorch))
     return rows
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny import make_checkpoint, make_reviews
 
-from benchmarks import accuracy, cells, datasets, finetune, gpu, inference, memory, parts, report, step
+from benchmarks import accuracy, cells, contenders, datasets, finetune, gpu, inference, memory, parts, report, step
 from fastft.functional._choice import use_backend
 from fastft.functional.embedding import embeddings
 from fastft.testing.timing import Peaks
@@ -24,6 +24,7 @@ TINY = ["--model", "tiny", "--cell", "4x32", "--rounds", "1"]
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys, fast_machine):
     """Runs a benchmark with options; its rows, its table and its plot."""
+    monkeypatch.setattr(contenders, "NEEDS", {})  # whatever is installed here
 
     def run(module, *options):
         monkeypatch.setattr(report, "ROOT", tmp_path)
@@ -48,6 +49,15 @@ def test_a_step_has_rows_with_and_without_padding_and_with_our_optimizer(run):
     ]
     assert all(row["kept"] > 0 and row["time"]["median"] > 0 for row in rows)
     assert "| 4 x 32, uneven | float32 | fastft, AdamW " in text
+
+
+def test_other_packages_are_measured_where_they_are_installed(run, monkeypatch):
+    needs = {contenders.KERAS: ("json",), contenders.ONNX: ("json", "json.no_such_module", "no_such_package.module")}
+    monkeypatch.setattr(contenders, "NEEDS", needs)
+    monkeypatch.setattr(contenders, "step", lambda name, cell: lambda: time.sleep(0.001))
+    rows, _ = run(step, *TINY, "--dtype", "float32", "--padding", "none")
+    assert [row["provider"] for row in rows[-2:]] == ["fastft, first", contenders.KERAS]
+    assert rows[-1]["kept"] is None and rows[-1]["ratio"]["median"] > 0
 
 
 @pytest.mark.parametrize("provider", ["stock", "fastft, AdamW"])
