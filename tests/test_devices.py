@@ -108,7 +108,7 @@ def calls():
     with Calls() as found, use_backend("fastft"):
         for spec in all_specs():
             for index, outlined in enumerate(spec.outline()):
-                if spec.small(outlined) and spec.cost(outlined) < 1e-5:
+                if spec.small(outlined) and spec.cost(outlined) < 1e-6:
                     sample = spec.sample(index, torch.float32)
                     error.run(spec.op, spec.named(sample), spec.differentiable(sample), TensorMaker(torch.float32))
         functional.dropout_add_layer_norm(here(3, 4).requires_grad_(), here(3, 4), here(4), here(4)).sum().backward()
@@ -116,9 +116,6 @@ def calls():
         weight.grad = here(3, 4)
         fastft.optim.AdamW([weight], max_grad_norm=1.0).step()
         fastft.optim.clip_grad_norm_([weight], 1e-3)
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = fastft.optimize(small_models.build(hidden_dropout_prob=0.1))(**small_models.batch(0)).loss
-        loss.backward()
     return found.of
 
 
