@@ -157,8 +157,8 @@ class Training:
     """A model in training, and one step of it: forward, backward, clipping to norm 1 and AdamW, with dropout 0.1.
 
     ``optimize``: options of fastft.optimize; None leaves the model stock. Stock's AdamW is the fused one; with
-    ``our_optimizer`` clipping and update are fastft.optim's. ``compiled`` is torch.compile's mode, or True for its
-    default. ``converted``: parameters in the cell's dtype and no autocast. ``graphed``: :meth:`step` is a
+    ``our_optimizer`` clipping and update are fastft.optim's, with ``shadow``. ``compiled`` is torch.compile's mode, or
+    True for its default. ``converted``: parameters in the cell's dtype and no autocast. ``graphed``: :meth:`step` is a
     fastft.GraphedStep, captured already, with our clipping and PyTorch's fused update; ``loss`` is its last.
     """
 
@@ -168,6 +168,7 @@ class Training:
         optimize: dict | None = None,
         *,
         our_optimizer: bool = False,
+        shadow: torch.dtype | None = None,
         compiled: bool | str = False,
         converted: bool = False,
         graphed: bool = False,
@@ -193,7 +194,7 @@ class Training:
             for _ in range(2):
                 self.step()
         elif our_optimizer:
-            self.optimizer = fastft.optim.AdamW(self.parameters, lr=lr, max_grad_norm=1.0)
+            self.optimizer = fastft.optim.AdamW(self.parameters, lr=lr, max_grad_norm=1.0, shadow=shadow)
         else:
             self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, fused=True)
 

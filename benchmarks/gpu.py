@@ -41,7 +41,7 @@ import torch
 from benchmarks import report
 from benchmarks.cells import Cell, Training
 from fastft import _library, functional
-from fastft.functional import _choice
+from fastft.functional import _choice, _shadow
 from fastft.testing import Timed, all_specs, error, tune
 from fastft.testing.measure import Measurement, measure
 from fastft.testing.spec import OpSpec, TensorMaker
@@ -151,6 +151,7 @@ def checks(run: Run) -> Iterator[tuple[str, Callable[[], object]]]:
             name = f"{spec.name}: a benchmark's shape, bfloat16"
             yield name, lambda s=spec, i=large[:1]: error.check_op(s, i, torch.bfloat16, "cuda")
         yield "a captured step: dropout moves on", _check_capture
+        yield "AdamW: copies of weights", _check_shadow
     for name, op in FAR.items():
         yield f"{name}: elements far apart", lambda op=op: _check_far(op, 2**14 if run.tiny else 2**31, run.device)
 
@@ -204,6 +205,21 @@ def _check_capture() -> None:
         losses.append(float(training.loss))
     if len(set(losses)) < len(losses) or not all(loss == loss for loss in losses):
         raise AssertionError(f"losses of six replays: {losses}")
+
+
+def _check_shadow() -> None:
+    cell = Cell("tiny", 8, 32, "bfloat16", "uneven")
+    training = Training(cell, {"cls_only": False}, our_optimizer=True, shadow=torch.bfloat16, device="cuda")
+    for _ in range(3):
+        training.step()
+    taken = 0
+    for weight in training.parameters:
+        found = _shadow.low(weight, torch.bfloat16)
+        taken += found is _shadow.low(weight, torch.bfloat16)
+        if not torch.equal(found, weight.to(torch.bfloat16)):
+            raise AssertionError(f"the copy of a weight {tuple(weight.shape)} is not what the weight is")
+    if not taken:
+        raise AssertionError("no weight has a copy")
 
 
 def sanitize(run: Run) -> str:
@@ -345,6 +361,7 @@ PROVIDERS: dict[str, dict[str, Any]] = {  # arguments of Training; stock is Tran
     "stock, converted": {"converted": True},
     "fastft, converted": {"optimize": {"cls_only": False}, "converted": True},
     "fastft, AdamW": {"optimize": {"cls_only": False}, "our_optimizer": True},
+    "fastft, AdamW, shadow": {"optimize": {"cls_only": False}, "our_optimizer": True, "shadow": torch.bfloat16},
     "fastft, graph": {"optimize": {"cls_only": False}, "graphed": True},
     "fastft, converted, graph": {"optimize": {"cls_only": False}, "converted": True, "graphed": True},
     "fastft, first": {"optimize": {}},

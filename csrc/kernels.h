@@ -337,6 +337,9 @@ struct AdamW {
   const Statistic<W>* factor;  // (1) or null: what gradients are multiplied with, in the device's memory
   double lr, beta1, beta2, eps, weight_decay;
   int maximize;
+  // CUDA only: addresses of rounded copies of p, which is fp32, 0 where there is none; of f16, else of bf16.
+  const int64_t* low = nullptr;  // (tensors) or null: there are none
+  int low_is_f16 = 0;
 };
 
 // Square root of the sum of squares over all gradients.

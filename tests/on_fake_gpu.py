@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 import fastft
 import setup
 from fastft import _library
-from fastft.functional import _choice
+from fastft.functional import _choice, _shadow
 from fastft.functional.head import head
 from fastft.models import encoder
 from fastft.optim import clip
@@ -113,6 +113,56 @@ def test_every_case_has_the_shapes_dtypes_and_devices_of_pytorchs(spec, dtype, b
         stock = arguments["query"] if "cu_seqlens" in sample.kwargs else spec.reference(**arguments)
         assert (output.shape, output.dtype, output.device) == (stock.shape, stock.dtype, GPU), sample
         assert kernels.names or backend == "auto" or output.numel() == 0, sample
+
+
+class Conversions(TorchDispatchMode):
+    """The shapes of float32 matrices that were converted to bfloat16."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func._schema.name == "aten::_to_copy" and result.dtype == torch.bfloat16 and result.dim() == 2:
+            self.shapes += [tuple(result.shape)] if args[0].dtype == torch.float32 else []
+        return result
+
+
+WEIGHTS = {(64, 64), (128, 64), (192, 64), (112, 64), (64, 112)}
+
+
+@pytest.mark.parametrize(
+    ("backend", "memory", "others"),
+    [
+        # The pooler's product is PyTorch's, and so is what autocast makes of its weight.
+        *(("auto", memory, {(64, 64)}) for memory in ("fast", "lowest")),
+        # What is ours takes query, key and value side by side in float32, and converts that.
+        ("fastft", "fast", {(192, 64), (128, 64)}),
+    ],
+)
+def test_weights_that_their_optimizer_wrote_are_not_converted(backend, memory, others, monkeypatch):
+    monkeypatch.setattr(_shadow, "_place", lambda tensor: tensor.untyped_storage()._cdata)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    model = fastft.optimize(small_models.build(), activation_memory=memory)
+    optimizer = fastft.optim.AdamW(model.parameters(), shadow=torch.bfloat16)
+    inputs = {name: torch.ones(6, 11, dtype=torch.long) for name in ("input_ids", "attention_mask")}
+    monkeypatch.setattr(encoder, "_for_stock", lambda mask: mask)
+    inputs["labels"] = torch.ones(6, dtype=torch.long)
+
+    def converted():
+        model.zero_grad()
+        with _choice.use_backend(backend), Kernels(), Conversions() as conversions:
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = model(**inputs).loss
+            run_backward(loss, lambda parameter, grad: setattr(parameter, "grad", grad))
+            optimizer.step()
+        return [shape for shape in conversions.shapes if shape in WEIGHTS]
+
+    first, second, third = converted(), converted(), converted()
+    assert first == second and len(third) == (1 if backend == "auto" else 4) and set(third) == others
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert converted() == first
 
 
 BERT, *OTHERS = small_models.ARCHITECTURES[1:]

@@ -6,12 +6,16 @@ import sys
 import pytest
 import small_models
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 import fastft
 import setup
 from fastft import _library, functional
 from fastft.functional._choice import use_backend
 from fastft.functional.embedding import embeddings
+from fastft.testing import error
+from fastft.testing.spec import TensorMaker, all_specs
 
 
 def here(*shape):
@@ -77,7 +81,70 @@ def test_a_layer_on_another_device_than_what_it_gets_is_named(architecture):
         )
 
 
-@pytest.mark.skipif(not _library.available(), reason=f"no native library: {_library.why_not()}")
+native = pytest.mark.skipif(not _library.available(), reason=f"no native library: {_library.why_not()}")
+
+
+class Calls(TorchDispatchMode):
+    """Of each of our ops the call with the most tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.of = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "fastft" and func._schema.is_mutable:
+            known = self.of.get(func)
+            if known is None or len(tensors_of(known)) < len(tensors_of(args)):
+                self.of[func] = args
+        return func(*args, **(kwargs or {}))
+
+
+def tensors_of(args):
+    return [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+
+
+@pytest.fixture(scope="module")
+def calls():
+    with Calls() as found, use_backend("fastft"):
+        for spec in all_specs():
+            for index, outlined in enumerate(spec.outline()):
+                if spec.small(outlined) and spec.cost(outlined) < 1e-6:
+                    sample = spec.sample(index, torch.float32)
+                    error.run(spec.op, spec.named(sample), spec.differentiable(sample), TensorMaker(torch.float32))
+        functional.dropout_add_layer_norm(here(3, 4).requires_grad_(), here(3, 4), here(4), here(4)).sum().backward()
+        weight = torch.nn.Parameter(here(3, 4))
+        weight.grad = here(3, 4)
+        fastft.optim.AdamW([weight], max_grad_norm=1.0).step()
+        fastft.optim.clip_grad_norm_([weight], 1e-3)
+    return found.of
+
+
+@native
+def test_ops_that_are_called_directly_touch_no_memory_of_another_device(calls):
+    """Run as for the CPU, whatever PyTorch's dispatcher makes of such a mixture."""
+    assert {func._schema.name for func in calls} == {
+        f"fastft::{name}_{way}"
+        for name in ("linear_act", "cross_entropy", "head", "layer_norm", "embedding", "attention")
+        for way in ("forward", "backward")
+    } | {f"fastft::{name}" for name in ("embedding_scatter", "adamw", "grad_norm", "scale_grads")}
+    on_cpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+    for func, args in calls.items():
+        for one in tensors_of(args):
+            mixed = tree_map(lambda leaf, one=one: leaf.to("meta") if leaf is one else leaf, args)
+            with pytest.raises(RuntimeError, match=r"fastft: tensor '.*' is on another device"):
+                func.redispatch(on_cpu, *mixed)
+
+
+@native
+@pytest.mark.skipif(not _library.has_cuda(), reason="built without CUDA")
+def test_cuda_s_ops_that_are_called_directly_touch_no_memory_of_the_cpu(calls):
+    on_cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    for func, args in calls.items():
+        with pytest.raises(RuntimeError, match=r"; call (it|the op) through fastft.functional"):
+            func.redispatch(on_cuda, *args)
+
+
+@native
 def test_what_python_does_on_a_gpu_runs_on_tensors_that_claim_to_be_there():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/on_fake_gpu.py"]
     done = subprocess.run(command, cwd=setup.ROOT, capture_output=True, text=True)

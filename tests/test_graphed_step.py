@@ -1,6 +1,7 @@
 """fastft.GraphedStep, with a stand-in for CUDA's graphs (graphs.py)."""
 
 import copy
+import itertools
 
 import graphs
 import pytest
@@ -170,6 +171,17 @@ def test_dropout_moves_on_between_replays(captured):
     step, inputs = fastft.GraphedStep(model, adamw(model, lr=0.0)), batch(0, UNEVEN[0])
     losses = [float(step(inputs)) for _ in range(6)]
     assert captured[0].replays == 5 and len(set(losses)) == 6
+
+
+def test_replays_raise_the_version_of_what_they_change(captured):
+    model = build()
+    step, versions = fastft.GraphedStep(model, adamw(model)), []
+    for _ in range(4):
+        step(batch(0, UNEVEN[0]))
+        versions.append([parameter._version for parameter in model.parameters()])
+    assert captured[0].replays == 3
+    for before, after in itertools.pairwise(versions):
+        assert all(old < new for old, new in zip(before, after, strict=True))
 
 
 def test_a_loss_is_not_overwritten_by_the_next(captured):

@@ -18,7 +18,9 @@ import torch
 
 import fastft
 import setup
-from fastft.functional import attention, cross_entropy, linear_act, packing
+from fastft.functional import _shadow, attention, cross_entropy, linear_act, packing
+from fastft.functional.layer_norm import composition as norm_composition
+from fastft.functional.layer_norm import normalize
 from fastft.models import encoder
 from fastft.models.mask import lengths_of, with_lengths
 from fastft.testing import error
@@ -338,6 +340,83 @@ def test_optimizer_s_passes_compute_in_float32_and_in_any_order_the_same(gradien
     if gradient.itemsize == 2:
         for result, other in zip(optimizer(0, gradient, parameter, wide=True)[0], expected, strict=True):
             assert torch.equal(result.to(other.dtype), other)
+
+
+@each_order
+@pytest.mark.parametrize("place", ["aligned", "one element off"])
+@each_half
+def test_a_step_rounds_the_new_parameters_into_their_copies(dtype, place, order):
+    t, shapes, first = TensorMaker(torch.float32), [(0, 3), (3, 5), (700, 100), (7,), (1, 65537)], 24
+    first += place != "aligned"
+    for gradient in (torch.float32, dtype):
+        params, grads = [t(*shape) for shape in shapes], [t(*shape).to(gradient) for shape in shapes]
+        around = [torch.full((param.numel() + 64,), math.nan, dtype=dtype) for param in params]
+        low = [memory[first : first + param.numel()] for memory, param in zip(around, params, strict=True)]
+        low[3] = low[3][:0]  # it has none
+        expected = [param.clone() for param in params]
+        for given, written in ((expected, None), (params, low)):
+            moments = [[torch.full_like(param, value) for param in params] for value in (0.5, 0.25)]
+            steps = [torch.tensor(3.0) for _ in params]
+            with simt.cuda_on_cpu(order):
+                arguments = given, grads, *moments, steps, None, 1e-3, 0.9, 0.99, 1e-8, 0.01, False
+                torch.ops.fastft.adamw(*arguments, written)
+        for param, other, rounded, memory in zip(params, expected, low, around, strict=True):
+            assert torch.equal(param, other) and torch.equal(rounded, param.flatten().to(dtype)[: len(rounded)])
+            assert int(memory.isnan().sum()) == len(memory) - len(rounded)
+
+
+def test_steps_with_copies_of_the_weights_have_the_bits_of_those_that_convert_them(gpu, monkeypatch):
+    """As PyTorch multiplies; once something else than the optimizer writes to them."""
+    monkeypatch.setattr(sys.modules["fastft.functional.linear_act"], "_multiplied_by_torch", lambda *_: True)
+    monkeypatch.setattr(sys.modules["fastft.functional.encoder_layer"], "goes_through_activation", lambda *_: False)
+    monkeypatch.setattr(_shadow, "_is_on_gpu", lambda tensor: True)
+    find, found = _shadow._find, []
+    monkeypatch.setattr(_shadow, "_find", lambda *args: found.append(find(*args)) or found[-1])
+    other = small_models.build(seed=1).state_dict()
+
+    def run(shadow):
+        model = fastft.optimize(small_models.build(hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1).train())
+        optimizer = fastft.optim.AdamW(model.parameters(), lr=1e-2, max_grad_norm=1.0, shadow=shadow)
+        torch.manual_seed(0)
+        losses, copies = [], []
+        for number in range(4):
+            if number == 3:
+                model.load_state_dict(other)
+            found.clear()
+            with torch.autocast("cpu", torch.bfloat16):
+                losses.append(model(**small_models.batch(number)).loss)
+            losses[-1].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            copies.append((sum(copy is not None for copy in found), len(found)))
+        return [loss.detach() for loss in losses], list(model.parameters()), copies
+
+    with simt.cuda_on_cpu(order=0):
+        losses, params, copies = run(torch.bfloat16)
+        expected, others, none = run(None)
+    assert all(map(torch.equal, losses, expected)) and all(map(torch.equal, params, others))
+    # Of both ways: two layers, the pooler; what is side by side is asked for, too, where its parts have none.
+    most, asked = 2 * (6 + 6 + 1), 2 * (7 + 7 + 1)
+    assert copies == [(0, asked), (0, asked), (most, most), (0, asked)] and none == [(0, asked)] * 4
+
+
+def test_rows_longer_than_shared_memory_drop_what_the_rule_says(gpu):
+    H, seed = 140_008, torch.tensor([3])
+
+    def kernel(rows, residual):
+        return normalize(rows, residual, None, None, 1e-12, (seed, 20000, 2))
+
+    def composition(rows, residual):
+        return norm_composition(rows, residual, None, None, 1e-12, (seed, 20000, 2))
+
+    def evaluate(number):
+        t = TensorMaker(torch.float32, seed=number)
+        single = {name: t(1, H) for name in ("rows", "residual")}
+        double, grad = error.cast(single, torch.float64), TensorMaker(torch.float32, seed=-1)
+        return [error.run(f, x, x, grad) for f, x in ((kernel, single), (composition, single), (composition, double))]
+
+    error.check(evaluate)
+    assert set(gpu) == {"layer_norm_forward_f32", "layer_norm_backward_f32"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

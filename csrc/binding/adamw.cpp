@@ -14,20 +14,24 @@ std::vector<int64_t> sizes_of(const Tensors& tensors) {
   return sizes;
 }
 
-// Of dense tensors of exactly these numbers of elements.
+// Of dense tensors of exactly these numbers of elements; 0 for those that are empty, if any may be.
+enum Presence { kAll, kSome };
 template <class T>
-std::vector<int64_t> addresses(const Tensors& tensors, const char* name, const std::vector<int64_t>& sizes) {
+std::vector<int64_t> addresses(const Tensors& tensors, const char* name, const std::vector<int64_t>& sizes,
+                               Presence presence = kAll) {
   if (tensors.size() != sizes.size()) refuse(name, "is a list of the wrong length");
   std::vector<int64_t> found;
-  for (size_t i = 0; i < sizes.size(); ++i)
-    found.push_back(reinterpret_cast<int64_t>(pointer<T>(tensors[i], name, {sizes[i]})));
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    const bool missing = presence == kSome && tensors[i].numel() == 0;
+    found.push_back(missing ? 0 : reinterpret_cast<int64_t>(pointer<T>(tensors[i], name, {sizes[i]})));
+  }
   return found;
 }
 
 // A step's number is a CPU tensor of float, or of double where that is PyTorch's default dtype; the kernel's arguments and the steps after it.
 template <class F>
 void count_step(const Tensor& step, std::vector<double>& steps) {
-  F& value = *pointer<F>(step, "steps", {1});
+  F& value = *pointer<F>(step, "steps", {1}, kCpu);
   steps.push_back(double(value += 1));
 }
 
@@ -35,7 +39,6 @@ std::vector<double> count_steps(const Tensors& tensors, size_t count) {
   if (tensors.size() != count) refuse("steps", "is a list of the wrong length");
   std::vector<double> steps;
   for (const Tensor& step : tensors) {
-    if (!step.is_cpu()) refuse("steps", "is not in the CPU's memory");
     if (step.scalar_type() == ScalarType::Double)
       count_step<double>(step, steps);
     else
@@ -53,10 +56,16 @@ const Tensor& first(const Tensors& tensors, const char* name) {
 template <class T, class W, class Run>
 void with_adamw_args(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs, const Tensors& exp_avg_sqs,
                      const Tensors& step_counts, const std::optional<Tensor>& factor, double lr, double beta1,
-                     double beta2, double eps, double weight_decay, bool maximize, const Run& run) {
+                     double beta2, double eps, double weight_decay, bool maximize, const std::optional<Tensors>& low,
+                     const Run& run) {
   const std::vector<int64_t> sizes = sizes_of(params);
   const auto p = addresses<W>(params, "params", sizes), g = addresses<const T>(grads, "grads", sizes),
              m = addresses<W>(exp_avgs, "exp_avgs", sizes), v = addresses<W>(exp_avg_sqs, "exp_avg_sqs", sizes);
+  if (low && !std::is_same_v<W, float>) refuse("low", "is given for parameters that are not float32");
+  const bool is_f16 = low && first(*low, "low").scalar_type() == ScalarType::Half;
+  const std::vector<int64_t> copies = !low     ? std::vector<int64_t>()
+                                      : is_f16 ? addresses<f16>(*low, "low", sizes, kSome)
+                                               : addresses<bf16>(*low, "low", sizes, kSome);
   const auto* const scale = pointer<const Statistic<W>>(factor, "factor", {1});
   const std::vector<double> steps = count_steps(step_counts, sizes.size());
   if (params[0].is_cpu())
@@ -65,7 +74,7 @@ void with_adamw_args(const Tensors& params, const Tensors& grads, const Tensors&
         for (const int64_t moment : {m[i], v[i]})
           advise_huge_pages(reinterpret_cast<void*>(moment), size_t(sizes[i]) * sizeof(W));
   run(AdamW<T, W>{p.data(), g.data(), m.data(), v.data(), sizes.data(), steps.data(), int64_t(sizes.size()), scale, lr,
-                  beta1, beta2, eps, weight_decay, maximize});
+                  beta1, beta2, eps, weight_decay, maximize, low ? copies.data() : nullptr, is_f16});
 }
 
 template <class T, class W, class Run>
@@ -85,13 +94,14 @@ void with_scale_args(const Tensors& grads, const Tensor& factor, const Run& run)
 
 void adamw_cpu(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors steps,
                std::optional<Tensor> factor, double lr, double beta1, double beta2, double eps, double weight_decay,
-               bool maximize) {
+               bool maximize, std::optional<Tensors> low) {
+  if (low) refuse("low", "is written on CUDA only");
   const ScalarType W = first(params, "params").scalar_type(), T = first(grads, "grads").scalar_type();
   with_dtypes<false>(T, W, [&](auto types) {
     using Y = decltype(types);
     HostLease host;
     with_adamw_args<typename Y::T, typename Y::W>(params, grads, exp_avgs, exp_avg_sqs, steps, factor, lr, beta1, beta2,
-                                                  eps, weight_decay, maximize,
+                                                  eps, weight_decay, maximize, low,
                                                   [&](const auto& args) { cpu::kernels().adamw(args, host); });
   });
 }
@@ -117,13 +127,13 @@ void scale_grads_cpu(Tensors grads, Tensor factor) {
 #ifdef FASTFT_WITH_CUDA
 void adamw_cuda(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors steps,
                 std::optional<Tensor> factor, double lr, double beta1, double beta2, double eps, double weight_decay,
-                bool maximize) {
+                bool maximize, std::optional<Tensors> low) {
   const ScalarType W = first(params, "params").scalar_type(), T = first(grads, "grads").scalar_type();
   with_dtypes<true>(T, W, [&](auto types) {
     using Y = decltype(types);
     StreamLease stream(params[0]);
     with_adamw_args<typename Y::T, typename Y::W>(params, grads, exp_avgs, exp_avg_sqs, steps, factor, lr, beta1, beta2,
-                                                  eps, weight_decay, maximize,
+                                                  eps, weight_decay, maximize, low,
                                                   [&](const auto& args) { cuda::adamw(args, stream); });
   });
 }
@@ -153,7 +163,8 @@ void scale_grads_cuda(Tensors grads, Tensor factor) {
 STABLE_TORCH_LIBRARY_FRAGMENT(fastft, m) {
   m.def(
       "adamw(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, "
-      "Tensor? factor, float lr, float beta1, float beta2, float eps, float weight_decay, bool maximize) -> ()");
+      "Tensor? factor, float lr, float beta1, float beta2, float eps, float weight_decay, bool maximize, Tensor(e!)[]? "
+      "low=None) -> ()");
   m.def("grad_norm(Tensor(a!) norm, Tensor(b!)? partial, Tensor[] grads) -> ()");
   m.def("scale_grads(Tensor(a!)[] grads, Tensor factor) -> ()");
 }

@@ -41,6 +41,7 @@ struct Rows {
 
   Rows(const std::optional<Tensor>& tensor, const char* name, const Sizes& s, bool of_queries) {
     if (!tensor) return;
+    need_on(device_of_op, *tensor, name);
     const bool packed = of_queries ? s.cu_q : s.cu_k;
     const int64_t tokens = of_queries ? s.q_tokens : s.k_tokens, S = of_queries ? s.Sq : s.Sk;
     if (tensor->scalar_type() != DtypeOf<std::remove_const_t<T>>::value) refuse(name, "has the wrong dtype");
@@ -68,6 +69,7 @@ struct Mask {
   Mask(const std::optional<Tensor>& mask, const Sizes& s) {
     if (!mask) return;
     const Tensor& m = *mask;
+    need_on(device_of_op, m, "mask");
     if (m.dim() != 4 || m.size(0) != s.B || m.size(1) != s.N || m.size(2) != s.Sq || m.size(3) != s.Sk)
       refuse("mask", "has the wrong shape");
     batch = m.stride(0), head = m.stride(1), query = m.stride(2), key = m.stride(3);
@@ -191,10 +193,11 @@ void forward_cuda(Tensor output, std::optional<Tensor> stats, Tensor query, Tens
                   int64_t use) {
   with_dtypes<true>(query.scalar_type(), mask_dtype(query, mask), [&](auto types) {
     using Y = decltype(types);
+    StreamLease stream(query);
     cuda::attention_forward(
         forward_args<typename Y::T, typename Y::W>(output, stats, query, key, value, mask, cu_q, cu_k, max_q, max_k,
                                                    scale, causal, seed, threshold, use),
-        StreamLease(query));
+        stream);
   });
 }
 
@@ -205,10 +208,11 @@ void backward_cuda(std::optional<Tensor> grad_query, std::optional<Tensor> grad_
                    int64_t threshold, int64_t use) {
   with_dtypes<true>(query.scalar_type(), mask_dtype(query, mask), [&](auto types) {
     using Y = decltype(types);
+    StreamLease stream(query);
     cuda::attention_backward(backward_args<typename Y::T, typename Y::W>(
                                  grad_query, grad_key, grad_value, delta, grad_output, stats, query, key, value, mask,
                                  cu_q, cu_k, max_q, max_k, scale, causal, seed, threshold, use),
-                             StreamLease(query));
+                             stream);
   });
 }
 #endif

@@ -105,10 +105,11 @@ void forward_cuda(Tensor loss, std::optional<Tensor> stats, std::optional<Tensor
   if (reduction != kNone && !row_loss) refuse("row_loss", "is missing");
   with_dtypes<true>(input.scalar_type(), loss.scalar_type(), [&](auto types) {
     using Y = decltype(types);
+    StreamLease stream(input);
     cuda::cross_entropy_forward(
         forward_args<typename Y::T, typename Y::W>(loss, stats, divisor, row_loss, nullptr, input, target, weight,
                                                    ignore_index, label_smoothing, reduction),
-        StreamLease(input));
+        stream);
   });
 }
 
@@ -117,10 +118,11 @@ void backward_cuda(std::optional<Tensor> grad_input, std::optional<Tensor> grad_
                    std::optional<Tensor> weight, int64_t ignore_index, double label_smoothing, int64_t reduction) {
   with_dtypes<true>(input.scalar_type(), grad_output.scalar_type(), [&](auto types) {
     using Y = decltype(types);
+    StreamLease stream(input);
     cuda::cross_entropy_backward(
         backward_args<typename Y::T, typename Y::W>(grad_input, grad_target, grad_output, stats, divisor, input, target,
                                                     weight, ignore_index, label_smoothing, reduction),
-        StreamLease(input));
+        stream);
   });
 }
 #endif

@@ -137,10 +137,11 @@ void forward_cuda(Tensor output, Maybe mean, Maybe rstd, Tensor ids, Tensor posi
                   int64_t use) {
   with_dtypes<true>(output.scalar_type(), word.scalar_type(), [&](auto types) {
     using Y = decltype(types);
+    StreamLease stream(output);
     cuda::embedding_forward(
         forward_args<typename Y::T, typename Y::W>(output, mean, rstd, ids, position_ids, type_ids, word, position,
                                                    type, weight, bias, eps, seed, threshold, use),
-        StreamLease(output));
+        stream);
   });
 }
 
@@ -150,10 +151,11 @@ void backward_cuda(Maybe grad_sum, Maybe grad_weight, Maybe grad_bias, Maybe par
   if ((grad_weight || grad_bias) && !partial) refuse("partial", "is missing");
   with_dtypes<true>(grad_output.scalar_type(), word.scalar_type(), [&](auto types) {
     using Y = decltype(types);
+    StreamLease stream(grad_output);
     cuda::embedding_backward(backward_args<typename Y::T, typename Y::W>(
                                  grad_sum, grad_weight, grad_bias, partial, grad_output, mean, rstd, ids, position_ids,
                                  type_ids, word, position, type, weight, seed, threshold, use),
-                             StreamLease(grad_output));
+                             stream);
   });
 }
 
@@ -162,9 +164,9 @@ void scatter_cuda(Tensor grad_table, Tensor ids, Maybe order, Tensor grad_sum, i
   if (!partial) refuse("partial", "is missing");
   with_dtypes<true>(grad_sum.scalar_type(), grad_table.scalar_type(), [&](auto types) {
     using Y = decltype(types);
+    StreamLease stream(grad_sum);
     cuda::embedding_scatter(
-        scatter_args<typename Y::T, typename Y::W>(grad_table, ids, order, grad_sum, padding, partial),
-        StreamLease(grad_sum));
+        scatter_args<typename Y::T, typename Y::W>(grad_table, ids, order, grad_sum, padding, partial), stream);
   });
 }
 #endif

@@ -102,10 +102,11 @@ void forward_cuda(Tensor loss, Tensor logits, std::optional<Tensor> stats, std::
   if (weight.size(0) > kHeadClasses) refuse("weight", "has too many classes");
   with_dtypes<true>(input.scalar_type(), weight.scalar_type(), [&](auto types) {
     using Y = decltype(types);
+    StreamLease stream(input);
     cuda::head_forward(
         forward_args<typename Y::T, typename Y::W>(loss, logits, stats, divisor, row_loss, blocks_done, nullptr, input,
                                                    weight, bias, target, ignore_index, seed, threshold, use),
-        StreamLease(input));
+        stream);
   });
 }
 
@@ -117,10 +118,11 @@ void backward_cuda(std::optional<Tensor> grad_input, std::optional<Tensor> grad_
   if (!all_grad_logits) refuse("all_grad_logits", "is missing");
   with_dtypes<true>(input.scalar_type(), weight.scalar_type(), [&](auto types) {
     using Y = decltype(types);
+    StreamLease stream(input);
     cuda::head_backward(backward_args<typename Y::T, typename Y::W>(
                             grad_input, grad_weight, grad_bias, all_grad_logits, grad_loss, grad_logits, logits, stats,
                             divisor, input, weight, target, ignore_index, seed, threshold, use),
-                        StreamLease(input));
+                        stream);
   });
 }
 #endif

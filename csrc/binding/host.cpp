@@ -107,10 +107,21 @@ void* HostLease::acquire(void* owner, size_t bytes) {
   return found.data;
 }
 
-StreamLease::StreamLease(const Tensor& on) : guard_(on.get_device_index()) {
+namespace {
+
+int32_t gpu_of(const Tensor& tensor) {
+  if (!tensor.is_cuda())
+    throw std::runtime_error("fastft: an op's tensors are on different devices; call it through fastft.functional");
+  return tensor.get_device_index();
+}
+
+}  // namespace
+
+StreamLease::StreamLease(const Tensor& on) : guard_(gpu_of(on)) {
   if (&aoti_torch_get_current_cuda_stream == nullptr) throw std::runtime_error("fastft: this torch has no CUDA");
   if (aoti_torch_get_current_cuda_stream(on.get_device_index(), &stream_) != 0)
     throw std::runtime_error("fastft: cannot get the current CUDA stream");
+  device_of_op = on.get_device_index();
 }
 
 namespace {

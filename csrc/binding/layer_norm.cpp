@@ -87,9 +87,10 @@ void forward_cuda(Tensor output, std::optional<Tensor> sum, std::optional<Tensor
                   std::optional<Tensor> bias, double eps, std::optional<Tensor> seed, int64_t threshold, int64_t use) {
   with_dtypes<true>(input.scalar_type(), output.scalar_type(), [&](auto types) {
     using Y = decltype(types);
+    StreamLease stream(input);
     cuda::layer_norm_forward(forward_args<typename Y::T, typename Y::W>(output, sum, mean, rstd, input, residual,
                                                                         weight, bias, eps, seed, threshold, use),
-                             StreamLease(input));
+                             stream);
   });
 }
 
@@ -101,10 +102,11 @@ void backward_cuda(std::optional<Tensor> grad_input, std::optional<Tensor> grad_
   const ScalarType W = grad_output.scalar_type();
   with_dtypes<true>(grad_input ? grad_input->scalar_type() : W, W, [&](auto types) {
     using Y = decltype(types);
+    StreamLease stream(grad_output);
     cuda::layer_norm_backward(
         backward_args<typename Y::T, typename Y::W>(grad_input, grad_residual, grad_weight, grad_bias, partial,
                                                     grad_output, sum, mean, rstd, weight, seed, threshold, use),
-        StreamLease(grad_output));
+        stream);
   });
 }
 #endif

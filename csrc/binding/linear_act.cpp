@@ -106,10 +106,11 @@ void forward_cuda(Tensor output, std::optional<Tensor> preact, Tensor input, Ten
                   int64_t activation, std::optional<Tensor> low_weight) {
   with_dtypes<true>(input.scalar_type(), weight.scalar_type(), [&](auto types) {
     using Y = decltype(types);
+    StreamLease stream(input);
     need_low_weight<typename Y::T, typename Y::W>(low_weight);
     cuda::linear_act_forward(
         forward_args<typename Y::T, typename Y::W>(output, preact, input, weight, bias, activation, low_weight),
-        StreamLease(input));
+        stream);
   });
 }
 
@@ -120,13 +121,14 @@ void backward_cuda(std::optional<Tensor> grad_input, std::optional<Tensor> grad_
                    std::optional<Tensor> input_again, int64_t input_activation) {
   with_dtypes<true>(input.scalar_type(), weight.scalar_type(), [&](auto types) {
     using Y = decltype(types);
+    StreamLease stream(input);
     if (grad_input) need_low_weight<typename Y::T, typename Y::W>(low_weight);
     if (preact && !grad_preact && (grad_input || grad_weight || grad_bias)) refuse("grad_preact", "is missing");
     cuda::linear_act_backward(
         backward_args<typename Y::T, typename Y::W>(grad_input, grad_weight, grad_bias, grad_output, preact, input,
                                                     weight, activation, add, output, low_weight, grad_preact, partial,
                                                     input_preact, input_again, input_activation),
-        StreamLease(input));
+        stream);
   });
 }
 #endif

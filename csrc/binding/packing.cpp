@@ -20,11 +20,12 @@ void pack_cuda(Tensor packed, Tensor padded, std::optional<Tensor> present, Tens
   const auto [tokens, B, S, H] = Sizes(padded, packed);
   with_dtypes<true>(packed.scalar_type(), packed.scalar_type(), [&, tokens = tokens, B = B, S = S, H = H](auto types) {
     using T = typename decltype(types)::T;
+    StreamLease stream(padded);
     cuda::pack_rows(
         PackRows<T, T>{pointer<T>(packed, "packed", {tokens, H}), pointer<const T>(padded, "padded", {B, S, H}),
                        pointer<const uint8_t>(present, "present", {B, S}),
                        pointer<const int32_t>(cu_seqlens, "cu_seqlens", {B + 1}), tokens, B, S, H},
-        StreamLease(padded));
+        stream);
   });
 }
 
@@ -32,10 +33,11 @@ void unpack_cuda(Tensor padded, Tensor packed, Tensor cu_seqlens) {
   const auto [tokens, B, S, H] = Sizes(padded, packed);
   with_dtypes<true>(packed.scalar_type(), packed.scalar_type(), [&, tokens = tokens, B = B, S = S, H = H](auto types) {
     using T = typename decltype(types)::T;
+    StreamLease stream(packed);
     cuda::unpack_rows(
         UnpackRows<T, T>{pointer<T>(padded, "padded", {B, S, H}), pointer<const T>(packed, "packed", {tokens, H}),
                          pointer<const int32_t>(cu_seqlens, "cu_seqlens", {B + 1}), tokens, B, S, H},
-        StreamLease(packed));
+        stream);
   });
 }
 

@@ -54,14 +54,25 @@ struct DtypeOf<uint8_t> {
                            "; call the op through fastft.functional");
 }
 
-// The pointer of a dense tensor of exactly this dtype and number of elements. An empty tensor's may be null.
+// Where the op of this thread runs: a GPU's index while it has its stream (StreamLease).
+constexpr int32_t kCpu = -1;
+inline thread_local int32_t device_of_op = kCpu;
+
+inline void need_on(int32_t device, const Tensor& tensor, const char* name) {
+  const bool there = device == kCpu ? tensor.is_cpu() : tensor.is_cuda() && tensor.get_device_index() == device;
+  if (!there) refuse(name, "is on another device");
+}
+
+// The pointer of a dense tensor there, of exactly this dtype and number of elements. An empty tensor's may be null.
 template <class T>
-T* pointer(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape) {
+T* pointer(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape,
+           int32_t device = device_of_op) {
   using Stored = std::remove_const_t<T>;
   int64_t numel = 1;
   for (int64_t size : shape) numel *= size;
   if (tensor.scalar_type() != DtypeOf<Stored>::value) refuse(name, "has the wrong dtype");
   if (tensor.numel() != numel) refuse(name, "has the wrong size");
+  need_on(device, tensor, name);
   if (!tensor.is_contiguous()) refuse(name, "is not contiguous");
   if constexpr (std::is_const_v<T>)
     return static_cast<T*>(tensor.const_data_ptr());
@@ -129,10 +140,14 @@ class HostLease {
   int count_ = 0;
 };
 
-// What a CUDA kernel runs on: the current stream of the tensor's device, which is the current device meanwhile.
+// What a CUDA kernel runs on: the current stream of the tensor's device, which is the current device meanwhile, and the
+// only one whose pointers can be taken.
 class StreamLease {
  public:
   explicit StreamLease(const Tensor& on);
+  ~StreamLease() { device_of_op = kCpu; }
+  StreamLease(const StreamLease&) = delete;
+  StreamLease& operator=(const StreamLease&) = delete;
   operator Stream() const { return stream_; }
 
  private:

@@ -1,6 +1,8 @@
 // The optimizer's passes over all tensors at once: AdamW, the gradients' norm, their scaling; cpu/adamw.cpp has the formulas.
 //   p, m, v W   g T   partial sums of the norm in fp64, one a chunk, added up in their order: the same bits in every run
-// Moves in fp32 28 bytes a parameter for AdamW, 4 for the norm, 8 for scaling: at 3 TB/s 1.03, 0.15 and 0.29 ms for the 110 M of BERT-base.
+//   low: rounded copies of p, which is fp32 then, in bf16 or f16: a conversion would read 4 more bytes for each
+// Moves in fp32 28 bytes a parameter for AdamW, 2 more for a copy, 4 for the norm, 8 for scaling: at 3 TB/s 1.03, 0.07, 0.15
+// and 0.29 ms for the 110 M of BERT-base.
 // One block per chunk of a tensor, 16 bytes at a time where all of its arrays begin at multiples of that. Addresses are arguments of
 // the launch, kTensors at a time: nothing is copied to the device and nobody waits for it. What elements are stored as is told
 // at run time (row.cuh). Not yet run on a GPU.
@@ -13,7 +15,7 @@ constexpr int kTensors = 48;  // of one launch, whose arguments may take 4 KB
 constexpr int kThreads = 256;
 
 struct Tensors {
-  int64_t p[kTensors], g[kTensors], m[kTensors], v[kTensors], sizes[kTensors];
+  int64_t p[kTensors], g[kTensors], m[kTensors], v[kTensors], low[kTensors], sizes[kTensors];
   int64_t first[kTensors];  // chunk of each
   double rate[kTensors], unbias[kTensors];
   int count;
@@ -71,50 +73,19 @@ __device__ Row<Any<F>> tensor_at(int64_t address, Type type) {
   return {reinterpret_cast<Any<F>*>(address), type};
 }
 
-template <class T, int n, class F>
-__device__ void read_as(F (&values)[n], const void* from) {
-  const Vector<T, n> x = *static_cast<const Vector<T, n>*>(from);
-#pragma unroll
-  for (int i = 0; i < n; ++i) values[i] = F(to_float(x.v[i]));
-}
-template <int n, class F>
-__device__ void read(F (&values)[n], const Row<Any<F>>& from, int64_t j) {
-  if (sizeof(F) == 8 || from.type == kFloat)
-    read_as<F>(values, from.at(j));
-  else if (from.type == kBf16)
-    read_as<bf16>(values, from.at(j));
-  else
-    read_as<f16>(values, from.at(j));
-}
-template <class T, int n, class F>
-__device__ void write_as(void* to, const F (&values)[n]) {
-  Vector<T, n> x;
-#pragma unroll
-  for (int i = 0; i < n; ++i) x.v[i] = from_float<T>(Compute<T>(values[i]));
-  *static_cast<Vector<T, n>*>(to) = x;
-}
-template <int n, class F>
-__device__ void write(const Row<Any<F>>& to, int64_t j, const F (&values)[n]) {
-  if (sizeof(F) == 8 || to.type == kFloat)
-    write_as<F>(to.at(j), values);
-  else if (to.type == kBf16)
-    write_as<bf16>(to.at(j), values);
-  else
-    write_as<f16>(to.at(j), values);
-}
-
 template <class F>
 __global__ void __launch_bounds__(kThreads, sizeof(F) == 8 ? 1 : 3)
-    adamw_kernel(Tensors tensors, Types types, const F* scale, double beta1, double beta2, double eps,
+    adamw_kernel(Tensors tensors, Types types, Type of_low, const F* scale, double beta1, double beta2, double eps,
                  double weight_decay, int maximize) {
   const Chunk chunk = chunk_of_block(tensors);
   const auto g = tensor_at<F>(tensors.g[chunk.tensor], types.t), p = tensor_at<F>(tensors.p[chunk.tensor], types.w);
   const auto m = tensor_at<F>(tensors.m[chunk.tensor], types.w), v = tensor_at<F>(tensors.v[chunk.tensor], types.w);
+  const auto low = tensor_at<F>(tensors.low[chunk.tensor], of_low);
   const F factor = (scale ? *scale : F(1)) * (maximize ? F(-1) : F(1));
   const F rate = F(tensors.rate[chunk.tensor]), unbias = F(tensors.unbias[chunk.tensor]);
   const F decay = F(weight_decay), b1 = F(beta1), b2 = F(beta2), rest1 = F(1 - beta1), rest2 = F(1 - beta2), e = F(eps);
   const bool near_m = beta1 > 0.5;  // from the nearer end, as in cpu/adamw.cpp
-  for_chunk<F>(chunk, aligned(p.data, g.data, m.data, v.data), [&](int64_t j, auto neighbours) {
+  for_chunk<F>(chunk, aligned(p.data, g.data, m.data, v.data, low.data), [&](int64_t j, auto neighbours) {
     constexpr int n = neighbours.value;
     F of_g[n], of_p[n], of_m[n], of_v[n];
     read(of_g, g, j);
@@ -133,6 +104,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(F) == 8 ? 1 : 3)
     write(m, j, of_m);
     write(v, j, of_v);
     write(p, j, of_p);
+    if (low.data) write(low, j, of_p);
   });
 }
 
@@ -183,12 +155,13 @@ void step(const AdamW<Any<F>, Any<F>>& a, Types types, Stream stream) {
     tensors.g[at] = a.g[i];
     tensors.m[at] = a.m[i];
     tensors.v[at] = a.v[i];
+    tensors.low[at] = a.low ? a.low[i] : 0;
     tensors.rate[at] = a.lr / (1 - ::pow(a.beta1, a.steps[i]));
     tensors.unbias[at] = 1 / ::sqrt(1 - ::pow(a.beta2, a.steps[i]));
   };
   for_tensors(a.sizes, a.tensors, add, [&](const Tensors& tensors, int64_t chunks, int64_t) {
-    launch(&adamw_kernel<F>, grid_of(chunks), dim3(kThreads), 0, stream, tensors, types, a.factor, a.beta1, a.beta2,
-           a.eps, a.lr * a.weight_decay, a.maximize);
+    launch(&adamw_kernel<F>, grid_of(chunks), dim3(kThreads), 0, stream, tensors, types, a.low_is_f16 ? kF16 : kBf16,
+           a.factor, a.beta1, a.beta2, a.eps, a.lr * a.weight_decay, a.maximize);
   });
 }
 

@@ -53,13 +53,12 @@ __global__ void __launch_bounds__(kThreadsOfRows, kRowBlocks<F, n>)
   if (row >= p.M) return;  // a whole warp leaves
   const Sources<F> sources(p, types.w, row);
   const auto w = row_of(p.w, types.w, 0, p.H), b = row_of(p.b, types.w, 0, p.H);
-  const Kept<F> kept = kept_of_row<OfLane<F>, F>(p, row);
   const HeldRow sum(p.H, [&](int64_t first) { return sources.template read<n>(first, p.H).sum(); });
   const RowMoments<F> moments = normalize<n, F>(sum, p.eps, [&](OfLane<F>& y, const OfLane<F>&, int64_t first) {
     const OfLane<F> of_w = load<n>(w, first, p.H).values(), of_b = load<n>(b, first, p.H).values();
 #pragma unroll
     for (int i = 0; i < kOfLane; ++i) y.v[i] = y.v[i] * of_w.v[i] + of_b.v[i];
-    drop<n>(y, kept, first);
+    drop<n>(y, calls_of_warp(), p, row, first);
     store<n>(row_of(p.y, types.t, row, p.H), first, p.H, y);
   });
   if (threadIdx.x == 0) {
@@ -71,11 +70,11 @@ __global__ void __launch_bounds__(kThreadsOfRows, kRowBlocks<F, n>)
 // n = (h - mean) rstd, and dropout's factor times dy.
 template <int n, class F>
 __device__ NormalAndGradient<F> normal_and_gradient(const EmbeddingBackward<Any<F>, Any<F>>& p, Type of_dy,
-                                                    const Sources<F>& sources, const Kept<F>& kept, int64_t row,
+                                                    const Sources<F>& sources, uint8_t* calls, int64_t row,
                                                     int64_t first) {
   const Stored<F, n> dy = load<n>(row_of(p.dy, of_dy, row, p.H), first, p.H);
   OfLane<F> h = sources.template read<n>(first, p.H).sum(), g = dy.values();
-  drop<n>(g, kept, first);
+  drop<n>(g, calls, p, row, first);
   const F mean = p.mean[row], rstd = p.rstd[row];
 #pragma unroll
   for (int i = 0; i < kOfLane; ++i) h.v[i] = (h.v[i] - mean) * rstd;
@@ -88,9 +87,8 @@ __global__ void __launch_bounds__(kThreadsOfRows, kRowBlocks<F, n>)
   const int64_t row = int64_t(blockIdx.x) * kRowsPerBlock + threadIdx.y;
   if (row >= p.M) return;
   const Sources<F> sources(p, types.w, row);
-  const Kept<F> kept = kept_of_row<NormalAndGradient<F>, F>(p, row);
   const HeldRow given(p.H, [&](int64_t first) {
-    NormalAndGradient<F> x = normal_and_gradient<n>(p, types.t, sources, kept, row, first);
+    NormalAndGradient<F> x = normal_and_gradient<n>(p, types.t, sources, calls_of_warp(), row, first);
     const OfLane<F> w = load<n>(row_of(p.w, types.w, 0, p.H), first, p.H).values();
 #pragma unroll
     for (int i = 0; i < kOfLane; ++i) x.g.v[i] *= w.v[i];
@@ -106,10 +104,8 @@ __global__ void __launch_bounds__(kSumWarps* kWarp, sizeof(F) == 8 ? 1 : 2)
     embedding_partial_kernel(EmbeddingBackward<Any<F>, Any<F>> p, Types types) {
   __shared__ __align__(8) uint8_t calls[kSumWarps][kCallsOfSpan];
   sum_rows<n>(p.partial, p.M, p.H, [&](OfLane<F>(&sums)[2], int64_t row, int64_t first) {
-    __syncwarp();  // the last row's calls have been read
-    const Kept<F> kept = kept_of<F>(calls[threadIdx.y], p, row, first, kCallsOfSpan);
     const Sources<F> sources(p, types.w, row);
-    const NormalAndGradient<F> x = normal_and_gradient<n>(p, types.t, sources, kept, row, first);
+    const NormalAndGradient<F> x = normal_and_gradient<n>(p, types.t, sources, calls[threadIdx.y], row, first);
 #pragma unroll
     for (int i = 0; i < kOfLane; ++i) {
       sums[0].v[i] += x.g.v[i] * x.n.v[i];

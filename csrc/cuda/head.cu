@@ -21,11 +21,9 @@ constexpr int kThreads = kWarp * kWarps;  // of which each warp takes a span of 
 
 template <class F, int n, class Args>
 __device__ OfLane<F> dropped(const Args& p, Types types, uint8_t* calls, int64_t row, int64_t first) {
-  __syncwarp();  // the last row's calls have been read
   const Stored<F, n> of_x = load<n>(row_of(p.x, types.t, row, p.H), first, p.H);
-  const Kept<F> kept = kept_of<F>(calls, p, row, first, kCallsOfSpan);
   OfLane<F> x = of_x.values();
-  drop<n>(x, kept, first);
+  drop<n>(x, calls, p, row, first);
   return x;
 }
 
@@ -89,7 +87,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(F) == 8 ? 1 : 2)
   const auto b = row_of(p.b, types.w, 0, p.C);
   for (int c = warp * kWarp + lane; c < p.C; c += kThreads) {
     put(z, c, b.data ? logits[c] + get(b, c) : logits[c]);
-    logits[c] = get(Row<const Any<F>>(z.data, z.type), c);  // as it was rounded
+    logits[c] = get(z, c);  // as it was rounded
   }
   __syncthreads();
   if (warp != 0) return;
@@ -152,7 +150,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(F) == 8 ? 1 : 2)
     }
   }
   if (!p.dx) return;
-  drop<n>(sums, kept_of<F>(calls[warp], p, row, first, kCallsOfSpan), first);
+  drop<n>(sums, calls[warp], p, row, first);
   const auto dx = row_of(p.dx, types.t, row, p.H);
   add_warps<n>(of_warps, sums, [&](int column, F sum) {
     if (first + column < p.H) put(dx, first + column, sum);

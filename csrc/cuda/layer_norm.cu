@@ -18,11 +18,10 @@ __global__ void __launch_bounds__(kThreadsOfRows, kRowBlocks<F, n>)
   if (row >= p.M) return;  // a whole warp leaves
   const auto x = row_of(p.x, types.t, row, p.H), residual = row_of(p.residual, types.w, row, p.H);
   const auto w = row_of(p.w, types.w, 0, p.H), b = row_of(p.b, types.w, 0, p.H);
-  const Kept<F> kept = kept_of_row<OfLane<F>, F>(p, row);
   const HeldRow of_h(p.H, [&](int64_t first) {
     const Stored<F, n> of_x = load<n>(x, first, p.H), of_residual = load<n>(residual, first, p.H);
     OfLane<F> h = of_x.values();
-    drop<n>(h, kept, first);
+    drop<n>(h, calls_of_warp(), p, row, first);
     if (residual.data) {
       const OfLane<F> more = of_residual.values();
 #pragma unroll
@@ -55,7 +54,6 @@ __global__ void __launch_bounds__(kThreadsOfRows, kRowBlocks<F, n>)
   const F mean = p.mean[row], rstd = p.rstd[row];
   const auto h = row_of(p.h, types.w, row, p.H), dy = row_of(p.dy, types.w, row, p.H);
   const auto w = row_of(p.w, types.w, 0, p.H);
-  const Kept<F> kept = p.dx ? kept_of_row<NormalAndGradient<F>, F>(p, row) : Kept<F>{};
   const HeldRow of_h(p.H, [&](int64_t first) {
     const Stored<F, n> of_h = load<n>(h, first, p.H), of_dy = load<n>(dy, first, p.H), of_w = load<n>(w, first, p.H);
     NormalAndGradient<F> x{of_h.values(), of_dy.values()};
@@ -70,7 +68,7 @@ __global__ void __launch_bounds__(kThreadsOfRows, kRowBlocks<F, n>)
   norm_backward(of_h, rstd, [&](OfLane<F>& dh, int64_t first) {
     if (p.dresidual) store<n>(row_of(p.dresidual, types.w, row, p.H), first, p.H, dh);
     if (!p.dx) return;
-    drop<n>(dh, kept, first);
+    drop<n>(dh, calls_of_warp(), p, row, first);
     store<n>(row_of(p.dx, types.t, row, p.H), first, p.H, dh);
   });
 }

@@ -69,21 +69,49 @@ __device__ Row<Any<F>> row_of(F* data) {
   return {reinterpret_cast<Any<F>*>(data), kFloat};
 }
 
-template <class F>
-__device__ void put(const Row<Any<F>>& row, int64_t j, F value) {
-  unsigned char* const at = row.at(j);
-  if (sizeof(F) == 8 || row.type == kFloat)
-    *reinterpret_cast<F*>(at) = value;
+// n neighbours from column j on, at a multiple of what they take.
+template <class T, int n, class F>
+__device__ void read_as(F (&values)[n], const void* from) {
+  const Vector<T, n> x = *static_cast<const Vector<T, n>*>(from);
+#pragma unroll
+  for (int i = 0; i < n; ++i) values[i] = F(to_float(x.v[i]));
+}
+template <int n, class F>
+__device__ void read(F (&values)[n], const Row<Any<F>>& from, int64_t j) {
+  if (sizeof(F) == 8 || from.type == kFloat)
+    read_as<F>(values, from.at(j));
+  else if (from.type == kBf16)
+    read_as<bf16>(values, from.at(j));
   else
-    *reinterpret_cast<uint16_t*>(at) =
-        row.type == kBf16 ? from_float<bf16>(float(value)).bits : from_float<f16>(float(value)).bits;
+    read_as<f16>(values, from.at(j));
+}
+template <class T, int n, class F>
+__device__ void write_as(void* to, const F (&values)[n]) {
+  Vector<T, n> x;
+#pragma unroll
+  for (int i = 0; i < n; ++i) x.v[i] = from_float<T>(Compute<T>(values[i]));
+  *static_cast<Vector<T, n>*>(to) = x;
+}
+template <int n, class F>
+__device__ void write(const Row<Any<F>>& to, int64_t j, const F (&values)[n]) {
+  if (sizeof(F) == 8 || to.type == kFloat)
+    write_as<F>(to.at(j), values);
+  else if (to.type == kBf16)
+    write_as<bf16>(to.at(j), values);
+  else
+    write_as<f16>(to.at(j), values);
 }
 
 template <class F>
-__device__ F get(const Row<const Any<F>>& row, int64_t j) {
-  const unsigned char* const at = row.at(j);
-  if (sizeof(F) == 8 || row.type == kFloat) return *reinterpret_cast<const F*>(at);
-  return row.type == kBf16 ? to_float(*reinterpret_cast<const bf16*>(at)) : to_float(*reinterpret_cast<const f16*>(at));
+__device__ F get(const Row<Any<F>>& row, int64_t j) {
+  F one[1];
+  read(one, row, j);
+  return one[0];
+}
+template <class F>
+__device__ void put(const Row<Any<F>>& row, int64_t j, F value) {
+  const F one[] = {value};
+  write(row, j, one);
 }
 
 // ---- columns: of each 256, a span, a lane has eight. They are neighbours, n = 8, where rows begin at multiples of 16 bytes,
@@ -209,49 +237,32 @@ void with_neighbours(int64_t H, bool aligned, const Body& body) {
     body(std::integral_constant<int, 1>());
 }
 
-// ---- dropout (philox.h): a row's calls are made once, by all lanes, and their bits wait in shared memory
+// ---- dropout (philox.h): each lane makes one of a span's calls, whose bits, of eight slots, wait in shared memory
 
-// Of the calls of a row, each keeps a bit for each of its eight slots: so many bytes. Spans are whole.
 constexpr int kCallsOfSpan = kSpan / kDropoutGroup * kDropoutLanes;
-__host__ __device__ inline int64_t bytes_of_calls(int64_t H) { return ceil_div(H, kSpan) * kCallsOfSpan; }
+static_assert(kCallsOfSpan == kWarp, "a call for each lane");
 
-template <class F>
-struct Kept {
-  const uint8_t* calls;  // of the columns from `first` on; null: nothing is dropped
-  F scale;
-  int64_t first;
-};
-
-// Of `count` calls of a row from column `first` on; the warp's `calls` have been read, if they held others.
-template <class F, class Args>
-__device__ Kept<F> kept_of(uint8_t* calls, const Args& p, int64_t row, int64_t first, int64_t count) {
-  if (!p.seed) return {nullptr, F(1), first};
-  const int64_t number = row * dropout_pitch(p.H) + first, call = dropout_call(number);
-  const int first_slot = dropout_slot(number);
-  const uint32_t threshold = uint32_t(p.threshold);
-#pragma unroll 1
-  for (int64_t i = threadIdx.x; i < count; i += kWarp) {
-    const DropoutCall numbers(*p.seed, p.use, call + i);
-    uint32_t kept = 0;
+// Drops elements of the span from column `first` on; `calls` (kCallsOfSpan) are the warp's.
+template <int n, class F, class Args>
+__device__ void drop(OfLane<F>& values, uint8_t* calls, const Args& p, int64_t row, int64_t first) {
+  if (!p.seed) return;
+  const int64_t number = row * dropout_pitch(p.H) + first;
+  const DropoutCall numbers(*p.seed, p.use, dropout_call(number) + threadIdx.x);
+  uint32_t kept = 0;
 #pragma unroll
-    for (int slot = 0; slot < kDropoutGroup / kDropoutLanes; ++slot)
-      kept |= uint32_t(numbers.number(slot) >= threshold) << slot;
-    calls[i] = uint8_t(kept >> first_slot);
-  }
+  for (int slot = 0; slot < kDropoutGroup / kDropoutLanes; ++slot)
+    kept |= uint32_t(numbers.number(slot) >= uint32_t(p.threshold)) << slot;
+  __syncwarp();  // the last span's have been read
+  calls[threadIdx.x] = uint8_t(kept >> dropout_slot(number));
   __syncwarp();
-  return {calls, F(dropout_scale(p.threshold)), first};
-}
-template <int n, class F>
-__device__ void drop(OfLane<F>& values, const Kept<F>& kept, int64_t first) {
-  if (!kept.calls) return;
-  const uint8_t* const calls = kept.calls + (first - kept.first) / kSpan * kCallsOfSpan;
+  const F scale = F(dropout_scale(p.threshold));
 #pragma unroll
   for (int i = 0; i < kOfLane; i += n) {
     const int j = column_of_lane<n>(i), slot = j % kDropoutGroup / kDropoutLanes;
     const auto bits =
         *reinterpret_cast<const Vector<uint8_t, n>*>(calls + j / kDropoutGroup * kDropoutLanes + j % kDropoutLanes);
 #pragma unroll
-    for (int e = 0; e < n; ++e) values.v[i + e] *= bits.v[e] >> slot & 1 ? kept.scale : F(0);
+    for (int e = 0; e < n; ++e) values.v[i + e] *= bits.v[e] >> slot & 1 ? scale : F(0);
   }
 }
 
@@ -293,15 +304,12 @@ __host__ __device__ int64_t bytes_held(int64_t H) {
   return spans_held<Made>(H) * int64_t(sizeof(Made) * kWarp);
 }
 
-// The block's dynamic shared memory: what is held of its rows, and the calls of dropout.
-template <class Made, class Args>
-size_t shared_for(const Args& p) {
-  return size_t(kRowsPerBlock * (bytes_held<Made>(p.H) + (p.seed ? bytes_of_calls(p.H) : 0)));
-}
-template <class Made, class F, class Args>
-__device__ Kept<F> kept_of_row(const Args& p, int64_t row) {
-  const int64_t count = bytes_of_calls(p.H);
-  return kept_of<F>(dynamic_shared() + kRowsPerBlock * bytes_held<Made>(p.H) + threadIdx.y * count, p, row, 0, count);
+// The block's dynamic shared memory: the calls of dropout, and what is held of its rows.
+constexpr int64_t kCallsOfBlock = kRowsPerBlock * kCallsOfSpan;
+__device__ inline uint8_t* calls_of_warp() { return dynamic_shared() + threadIdx.y * kCallsOfSpan; }
+template <class Made>
+size_t shared_for(int64_t H) {
+  return size_t(kCallsOfBlock + kRowsPerBlock * bytes_held<Made>(H));
 }
 
 template <class Make>
@@ -316,7 +324,8 @@ struct HeldRow {
       : H(H),
         held(spans_held<Made>(H) * kSpan),
         make(make),
-        memory(reinterpret_cast<Words*>(dynamic_shared() + threadIdx.y * bytes_held<Made>(H)) + threadIdx.x) {}
+        memory(reinterpret_cast<Words*>(dynamic_shared() + kCallsOfBlock + threadIdx.y * bytes_held<Made>(H)) +
+               threadIdx.x) {}
 
   // Goes over the spans kPasses times: body(pass, made, first) for each, end(pass) behind the last. In one loop, so that
   // there is one copy of what makes a span.
@@ -347,7 +356,8 @@ struct RowMoments {
 };
 
 // The moments of a row, and output((h - mean) rstd, h, first) for each span.
-// `about` is off by its rounding; the mean of differences to it corrects both moments.
+// `about` is off by its rounding; the mean of differences to it corrects both moments. Each span is summed by itself, since
+// of a long row a lane would add thousands of numbers one by one.
 template <int n, class F, class Row, class Output>
 __device__ RowMoments<F> normalize(const Row& row, double eps, const Output& output) {
   F total = 0, squares = 0;  // the first pass' and the second's sums
@@ -356,16 +366,21 @@ __device__ RowMoments<F> normalize(const Row& row, double eps, const Output& out
   row.template passes<3>(
       [&](int pass, const OfLane<F>& h, int64_t first) {
         if (pass == 0) {
+          F of_span = 0;
 #pragma unroll
-          for (int i = 0; i < kOfLane; ++i) total += h.v[i];  // zeros behind the end
+          for (int i = 0; i < kOfLane; ++i) of_span += h.v[i];  // zeros behind the end
+          total += of_span;
         } else if (pass == 1) {
           const int left = columns_left(first, row.H);
+          F of_span = 0, squares_of_span = 0;
 #pragma unroll
           for (int i = 0; i < kOfLane; ++i) {
             const F d = column_of_lane<n>(i) < left ? h.v[i] - m.about : F(0);
-            total += d;
-            squares += d * d;
+            of_span += d;
+            squares_of_span += d * d;
           }
+          total += of_span;
+          squares += squares_of_span;
         } else {
           OfLane<F> normal;
 #pragma unroll
@@ -400,11 +415,14 @@ __device__ void norm_backward(const Row& row, F rstd, const Body& body) {
   row.template passes<2>(
       [&](int pass, const NormalAndGradient<F>& x, int64_t first) {
         if (pass == 0) {
+          F g_of_span = 0, gn_of_span = 0;
 #pragma unroll
           for (int i = 0; i < kOfLane; ++i) {
-            g_mean += x.g.v[i];
-            gn_mean += x.g.v[i] * x.n.v[i];  // g is zero behind the end
+            g_of_span += x.g.v[i];
+            gn_of_span += x.g.v[i] * x.n.v[i];  // g is zero behind the end
           }
+          g_mean += g_of_span;
+          gn_mean += gn_of_span;
           return;
         }
         OfLane<F> dh;
@@ -458,7 +476,7 @@ __device__ void sum_rows(F* partial, int64_t M, int64_t H, const Add& add) {
 
 template <class Made, class Args>
 void launch_rows(void (*kernel)(Args, Types), const Args& p, Types types, Stream stream) {
-  launch(kernel, grid_of(ceil_div(p.M, kRowsPerBlock)), dim3(kWarp, kRowsPerBlock), shared_for<Made>(p), stream, p,
+  launch(kernel, grid_of(ceil_div(p.M, kRowsPerBlock)), dim3(kWarp, kRowsPerBlock), shared_for<Made>(p.H), stream, p,
          types);
 }
 template <class Args>

@@ -45,7 +45,7 @@ def empty(shape, dtype, like, kind=ACTIVATION):
 
 def empty_like(tensor, dtype=None, kind=ACTIVATION):
     """The same, of a tensor's shape, dense."""
-    if tensor.numel() * tensor.itemsize < LEAST and dtype is None and tensor.is_contiguous():
+    if tensor.numel() * tensor.itemsize < LEAST and dtype in (None, tensor.dtype) and tensor.is_contiguous():
         return torch.empty_like(tensor)  # in half the time
     return empty(tensor.shape, dtype or tensor.dtype, tensor, kind)
 

@@ -25,7 +25,7 @@ from fastft.functional.layer_norm import composition as norm_composition
 from fastft.functional.layer_norm import forward as norm_forward
 from fastft.functional.linear_act import backward as linear_backward
 from fastft.functional.linear_act import forward as linear_forward
-from fastft.functional.linear_act import goes_through_activation, rounds_input
+from fastft.functional.linear_act import goes_through_activation, joined_low, rounds_input
 from fastft.functional.linear_act import reference as linear_reference
 
 ATTENTION, ATTENTION_OUTPUT, OUTPUT = 0, 1, 2  # `use` of the three dropouts
@@ -230,10 +230,13 @@ class _Run(NamedTuple):
         )
         apart = 0 if query is None else 1  # the query has a product of its own
         grad_x, grad_weight, grad_bias = self._linear_backward(
-            *(wants_x, any(wanted[apart:3]), any(wanted[3 + apart : 6]), grad_joined, x, *_joined(p, apart)),
+            *(wants_x, any(wanted[apart:3]), any(wanted[3 + apart : 6]), grad_joined, x),
+            *self._joined(p, apart, x, train=True),
             add=None if apart else grad_rows,
         )
-        grad_weights, grad_biases = _parts(grad_weight, 3 - apart), _parts(grad_bias, 3 - apart)
+        grad_weights, grad_biases = (
+            _parts(grad, 3 - apart, of.dtype) for grad, of in ((grad_weight, p.key_weight), (grad_bias, p.key_bias))
+        )
         if apart:
             starts = self._starts(cu_seqlens, x)
             grad_rows, grad_weight, grad_bias = self._linear_backward(
@@ -268,8 +271,14 @@ class _Run(NamedTuple):
     def _project(self, rows, x, p):
         """None and query, key and value side by side, or a query for some ``rows`` and the others for all."""
         if rows is x:
-            return None, self._linear(x, *_joined(p, 0))
-        return self._linear(rows, p.query_weight, p.query_bias), self._linear(x, *_joined(p, 1))
+            return None, self._linear(x, *self._joined(p, 0, x, train=False))
+        query = self._linear(rows, p.query_weight, p.query_bias)
+        return query, self._linear(x, *self._joined(p, 1, x, train=False))
+
+    def _joined(self, p, first, x, train):
+        """:func:`_joined`, the weight in the dtype of the products where they can be had so."""
+        low = joined_low(p[first:3], x, self.dtype, train)
+        return _joined(p, first) if low is None else (low, torch.cat(p[3 + first : 6]))
 
     def _heads(self, query, joined):
         """Query, key and value as attention takes them."""
@@ -404,11 +413,11 @@ def _joined(p, first):
     return torch.cat(weights, out=joined), torch.cat(biases)
 
 
-def _parts(joined, count):
+def _parts(joined, count, dtype):
     """Copies of the parts: autograd keeps a gradient as it gets it, and these must not share their memory."""
     if joined is None:
         return [None] * count
-    return [_arena.empty_like(part, kind=_arena.GRADIENT).copy_(part) for part in joined.chunk(count)]
+    return [_arena.empty_like(part, dtype, _arena.GRADIENT).copy_(part) for part in joined.chunk(count)]
 
 
 class _Layer(torch.autograd.Function):

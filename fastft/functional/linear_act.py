@@ -5,7 +5,7 @@ import functools
 import torch
 
 from fastft import activations
-from fastft.functional import _arena, _autograd, _choice
+from fastft.functional import _arena, _autograd, _choice, _shadow
 
 
 def linear_act(input, weight, bias=None, activation="gelu"):
@@ -222,6 +222,14 @@ def goes_through_activation(grads, weight):
 # ---- on CUDA: PyTorch's products with our kernel before or after them
 
 
+def joined_low(weights, input, dtype, train):
+    """The weights one behind the other as a product of ``input`` takes them, in ``dtype``: where it is PyTorch's, and
+    their optimizer has written them so; else None. Its gradient has that dtype, too."""
+    if weights[0].dtype == dtype or not _multiplied_by_torch(input, dtype, train, sum(map(len, weights))):
+        return None
+    return _shadow.joined(weights, dtype)
+
+
 def _multiplied_by_torch(rows, dtype, train, N, K=None):
     """Whether the product is PyTorch's: on GPUs, unless ours was measured to be faster there."""
     if not rows.is_cuda or _choice.backend() == "fastft":
@@ -233,7 +241,7 @@ def _multiplied_by_torch(rows, dtype, train, N, K=None):
 def _forward_around_torch(rows, weight, bias, activation, dtype):
     """The output and the pre-activation, which is the same where the activation is the identity."""
     with torch.autocast(rows.device.type, enabled=False):
-        preact = torch.nn.functional.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
+        preact = torch.nn.functional.linear(rows, _shadow.low(weight, dtype), None if bias is None else bias.to(dtype))
     if not activation:
         return preact, preact
     output = torch.empty_like(preact)
@@ -255,7 +263,7 @@ def _backward_around_torch(activation, preact, wanted, grads, rows, weight, bias
     grad_input = grad_weight = grad_bias = None
     with torch.autocast(grads.device.type, enabled=False):
         if wanted[0]:
-            low = weight.to(grads.dtype)
+            low = _shadow.low(weight, grads.dtype)
             grad_input = (grads @ low if add is None else torch.addmm(add, grads, low)).view(shape)
         if wanted[1]:
             grad_weight = (grads.T @ rows).to(weight.dtype)
@@ -287,7 +295,7 @@ def splits(M, N, K):
 
 def _low(weight, dtype):
     """The weight in the dtype of the products, where CUDA's kernels do not take it as it is."""
-    return weight.to(dtype).contiguous() if weight.is_cuda and weight.dtype != dtype else None
+    return _shadow.low(weight, dtype).contiguous() if weight.is_cuda and weight.dtype != dtype else None
 
 
 def _for_cuda(wanted, grads, preact, weight):
@@ -301,7 +309,7 @@ def workspaces(wanted, grads, preact, weight):
     on_tensor_cores = grads.dtype in (torch.bfloat16, torch.float16)
     parts = splits(M, N, K) if on_tensor_cores and (wanted[1] or wanted[2]) else 1
     return (
-        weight.to(grads.dtype).contiguous() if wanted[0] and weight.dtype != grads.dtype else None,
+        _shadow.low(weight, grads.dtype).contiguous() if wanted[0] and weight.dtype != grads.dtype else None,
         torch.empty_like(preact) if preact is not None and any(wanted) else None,
         grads.new_empty((parts, N * K + N), dtype=torch.float32) if parts > 1 else None,
     )

@@ -6,7 +6,7 @@ import torch
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import _use_grad_for_differentiable
 
-from fastft.functional import _choice
+from fastft.functional import _choice, _shadow
 from fastft.optim import clip
 
 
@@ -21,6 +21,12 @@ class AdamW(torch.optim.AdamW):
         max_grad_norm: None, or the norm that all gradients together may have in a step; larger ones count in it as if
             clip_grad_norm_ had scaled them. ``.grad`` stays as it is, except where PyTorch's implementation runs. It
             is no part of the state_dict.
+        shadow: None, or a dtype of autocast, torch.bfloat16 or torch.float16: where our kernel updates float32 weights
+            on a GPU (:meth:`report`), it also writes a copy in that dtype of those that our products convert, which
+            these take until the weight is written to again. That is seen where it raises the tensor's version, as
+            operations in place and ``load_state_dict`` do. It is not seen through ``.data`` or NumPy, by another
+            optimizer with ``fused=True`` or by a CUDA graph other than :class:`fastft.GraphedStep`'s: where there is
+            such a thing between two steps, leave it None. It is no part of the state_dict.
     Attributes:
         grad_norm: with ``max_grad_norm``, the norm in the last step before clipping, a scalar tensor; None before.
     Example:
@@ -32,7 +38,7 @@ class AdamW(torch.optim.AdamW):
         (tensor([0.9000, 0.9000]), tensor(5.))
     """
 
-    grad_norm = None
+    grad_norm = shadow = _shadows = None  # of those, too, that were pickled before there was one
 
     def __init__(
         self,
@@ -49,17 +55,20 @@ class AdamW(torch.optim.AdamW):
         differentiable=False,
         fused=None,
         max_grad_norm=None,
+        shadow=None,
     ):
         if max_grad_norm is not None and not max_grad_norm >= 0:
             raise ValueError(f"AdamW: max_grad_norm is {max_grad_norm}, must be at least 0, or None")
+        if shadow not in (None, torch.bfloat16, torch.float16):
+            raise ValueError(f"AdamW: shadow is {shadow}, must be torch.bfloat16, torch.float16 or None")
         options = {"maximize": maximize, "foreach": foreach, "capturable": capturable}
         options |= {"differentiable": differentiable, "fused": fused}
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **options)
-        self.max_grad_norm = max_grad_norm
+        self.max_grad_norm, self.shadow = max_grad_norm, shadow
         self._step_supports_amp_scaling = False  # a GradScaler divides gradients itself, before their norm is taken
 
     def __getstate__(self):
-        return {**super().__getstate__(), "max_grad_norm": self.max_grad_norm}
+        return {**super().__getstate__(), "max_grad_norm": self.max_grad_norm, "shadow": self.shadow}
 
     @_use_grad_for_differentiable
     def step(self, closure=None):
@@ -74,6 +83,8 @@ class AdamW(torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
         groups = [_Group(self, options) for options in self.param_groups]
+        if self.shadow is not None and self._shadows is None:
+            self._shadows = _shadow.Shadows(self.shadow)
         ours = [_choice.runs("AdamW", group.why_not) for group in groups if group.params]
         factor = None
         if self.max_grad_norm is not None and ours:
@@ -85,7 +96,7 @@ class AdamW(torch.optim.AdamW):
                 self.grad_norm = clip.clip_grad_norm_(params, self.max_grad_norm)
         for group, is_ours in zip((group for group in groups if group.params), ours, strict=True):
             if is_ours:
-                group.step(factor)
+                group.step(factor, self._shadows)
             else:
                 group.step_in_torch()
         return loss
@@ -135,26 +146,30 @@ class _Group:
             or _why_not_state(self.params, self.exp_avgs, self.exp_avg_sqs, self.steps)
         )
 
-    def step(self, factor):
+    def step(self, factor, shadows):
         """By our kernel, with gradients times ``factor`` unless it is None."""
         lists, copies = (self.params, self.grads, self.exp_avgs, self.exp_avg_sqs), []
         if not all(all(map(torch.Tensor.is_contiguous, tensors)) for tensors in lists):
             lists = zip(*(_dense(tensors, copies) for tensors in zip(*lists, strict=True)), strict=True)
         kinds = list(zip(map(_KIND, self.params), map(_DTYPE, self.grads), strict=True))
         alike = dict.fromkeys(kinds)
-        lists = [list(tensors) for tensors in (*lists, self.steps)]
+        lists = [list(tensors) for tensors in (*lists, self.steps, self.params)]
         lr, beta1, beta2 = (float(value) for value in (self.options["lr"], *self.options["betas"]))
         options = (lr, beta1, beta2, self.options["eps"], self.options["weight_decay"], self.options["maximize"])
         for kind in alike:
             some = lists
             if len(alike) > 1:
                 some = [[t for t, other in zip(tensors, kinds, strict=True) if other == kind] for tensors in lists]
+            *some, params = some
             (device, dtype), _ = kind
             own = None if factor is None else factor.to(device, torch.promote_types(dtype, torch.float32))
-            torch.ops.fastft.adamw(*some, own, *options)
+            low = None if shadows is None else shadows.to_write(params)
+            torch.ops.fastft.adamw(*some, own, *options, low)
         for tensor, copy in copies:
             tensor.copy_(copy)
         torch.autograd.graph.increment_version([*self.params, *self.exp_avgs, *self.exp_avg_sqs])
+        if shadows is not None:
+            shadows.written(self.params)
 
     def step_in_torch(self):
         """By PyTorch's function."""
@@ -167,6 +182,8 @@ class _Group:
             beta1=beta1,
             beta2=beta2,
         )
+        if options["fused"] and not torch.compiler.is_compiling():
+            torch.autograd.graph.increment_version(self.params)  # as its other two do
 
 
 _KIND = operator.attrgetter("device", "dtype")

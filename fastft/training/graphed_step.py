@@ -116,6 +116,8 @@ class GraphedStep:
                 size.loss = self._step(size)
             current.wait_stream(self._stream)
             size.prepared = True
+        for group in self.optimizer.param_groups:
+            torch.autograd.graph.increment_version(group["params"])  # a replay has changed them behind PyTorch's back
         return size.loss.clone()  # the next replay writes there
 
     def _step(self, size: _Size) -> torch.Tensor:

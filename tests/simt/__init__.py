@@ -203,12 +203,13 @@ def unpack_rows(padded, packed, cu_seqlens):
     return (packed, packed), (padded, packed, cu_seqlens, len(packed), *padded.shape)
 
 
-def adamw(p, g, m, v, steps, factor, *options):
+def adamw(p, g, m, v, steps, factor, lr, beta1, beta2, eps, decay, maximize, low=None):
     for step in steps:  # the binding counts them
         step += 1
     numbers = torch.stack([step.double() for step in steps])
     lists = *map(addresses, (p, g, m, v)), sizes_of(p), numbers
-    return (g[0], p[0]), (*lists, len(p), factor, *options)
+    of_low = (None, False) if low is None else (addresses(low), low[0].dtype == torch.float16)
+    return (g[0], p[0]), (*lists, len(p), factor, lr, beta1, beta2, eps, decay, maximize, *of_low)
 
 
 def grad_norm(norm, partial, g):

@@ -209,7 +209,7 @@ inline cudaError_t cudaFuncGetName(const char** name, const void*) {
 
 namespace simt {
 
-constexpr size_t kMostShared = 163 << 10;   // bytes a block may have on compute capability 8.0
+constexpr size_t kMostShared = 99 << 10;    // bytes a block may have on compute capability 8.6, the least of any
 size_t& dynamic_limit(const void* kernel);  // 48 KB unless raised by cudaFuncSetAttribute
 
 template <class... P>
