@@ -203,8 +203,17 @@ def _step_cells(row: Row) -> dict[str, str]:
         "x stock": _ratio(row["ratio"]),
         "tokens/s": f"{row['batch'] * row['length'] / row['time']['median']:,.0f}",
         "% of FMA peak": _percent(row["share"]),
+        "goal": _percent(row.get("goal")),
         "activations MB": f"{row['kept'] / 1e6:,.0f}" if row["kept"] is not None else "-",
     }
+
+
+def _step_rows(rows: Sequence[Row]) -> list[dict[str, str]]:
+    shown = [_step_cells(row) for row in rows]
+    if not any(row.get("goal") for row in rows):
+        for cells in shown:
+            del cells["goal"]
+    return shown
 
 
 def _parts_cells(row: Row) -> dict[str, str]:
@@ -343,7 +352,7 @@ TABLES = {
     "ops": _each(_ops_cells),
     "grid": _each(_grid_cells),
     "scaling": _each(_scaling_cells),
-    "step": _each(_step_cells),
+    "step": _step_rows,
     "parts": _each(_parts_cells),
     "memory": _each(_memory_cells),
     "inference": _each(_inference_cells),
@@ -527,6 +536,15 @@ LABELS = {
 # ---- the README
 
 
+README_ROWS = {  # of a folder that has them, those that the README shows
+    "model": ("bert-base",),
+    "batch": (16,),
+    "length": (128,),
+    "padding": ("none",),
+    "provider": (STOCK, "fastft, first"),
+}
+
+
 def update_readme(folder: Path, readme: Path) -> None:
     """Writes the training step's table of a folder of results between the README's markers.
 
@@ -536,6 +554,8 @@ def update_readme(folder: Path, readme: Path) -> None:
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ValueError(f"{readme.name} needs one {BEGIN} before one {END}")
     results = json.loads((folder / "step.json").read_text())
+    of_readme = [row for row in results["rows"] if all(row[name] in README_ROWS[name] for name in README_ROWS)]
+    results["rows"] = of_readme or results["rows"]
     shown = folder.relative_to(readme.parent).as_posix()
     block = f"{BEGIN}\n{render(results)}\n![Speed-up of a training step]({shown}/step.png)\n{END}"
     readme.write_text(text[: text.index(BEGIN)] + block + text[text.index(END) + len(END) :])

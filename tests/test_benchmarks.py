@@ -7,6 +7,7 @@ import re
 import sys
 import time
 import types
+from dataclasses import replace
 
 import graphs
 import pytest
@@ -49,6 +50,16 @@ def test_a_step_has_rows_with_and_without_padding_and_with_our_optimizer(run):
     ]
     assert all(row["kept"] > 0 and row["time"]["median"] > 0 for row in rows)
     assert "| 4 x 32, uneven | float32 | fastft, AdamW " in text
+
+
+def test_a_step_has_a_goal_where_its_cell_and_cpu_have_one(run):
+    cell, cpu = cells.Cell("bert-base", 64, 32, "bfloat16"), "AMD EPYC 9B14 (family 25, model 17)"
+    assert step.goal(cell, cpu) == 0.79
+    assert step.goal(cell, "Intel(R) Xeon(R) (family 6, model 207)") == 0.77
+    assert step.goal(cell, "Neoverse-V2") is step.goal(replace(cell, padding="uneven"), cpu) is None
+    rows, text = run(step, *TINY, "--dtype", "float32", "--padding", "none", "--only", "fastft, AdamW")
+    assert "goal" not in text and rows[1]["goal"] is None
+    assert report.TABLES["step"]([*rows, rows[1] | {"goal": 0.79}])[-1]["goal"] == "79%"
 
 
 def test_other_packages_are_measured_where_they_are_installed(run, monkeypatch):

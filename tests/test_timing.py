@@ -259,6 +259,18 @@ def test_the_readme_changes_between_its_markers_only(saved):
     assert f"results/{saved.name}/step.png" in text
 
 
+def test_the_readme_shows_one_cell_of_many(saved):
+    results = json.loads((saved / "step.json").read_text())
+    shown = [results["rows"][0] | {name: values[0] for name, values in report.README_ROWS.items()}]
+    (saved / "step.json").write_text(
+        json.dumps(results | {"rows": [*results["rows"], shown[0] | {"length": 32}, *shown]})
+    )
+    readme = saved.parent.parent / "README.md"
+    readme.write_text(report.BEGIN + report.END)
+    report.update_readme(saved, readme)
+    assert readme.read_text().count("\n| bert-base ") == 1
+
+
 def grid_rows():
     rows = []
     for fastft, torch_s in ((1e-3, 2e-3), (2e-3, 1e-3)):
