@@ -153,7 +153,7 @@ def _slower(input, linear_weight):
 def _losses(input, linear_weight, linear_bias, target, weight, dtype, options):
     """The loss of each row, ``(N,)``."""
     if _autograd.needs_grad(input, linear_weight, linear_bias):
-        return _LinearCrossEntropy.apply(input, linear_weight, linear_bias, target, weight, dtype, options)
+        return _autograd.apply(_LinearCrossEntropy, input, linear_weight, linear_bias, target, weight, dtype, options)
     return _forward(input, linear_weight, linear_bias, target, weight, dtype, options, keep=False)[0]
 
 
@@ -205,20 +205,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         *tensors, target, weight, stats = ctx.saved_tensors
         wanted = _autograd.wanted(ctx, slice(3))
         kernel = functools.partial(_backward, ctx.dtype, ctx.options, stats, target, weight, wanted)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            ignore_index, label_smoothing = ctx.options
+        ignore_index, label_smoothing = ctx.options
 
-            def composition(input, linear_weight, linear_bias):
-                return reference(
-                    *(input, linear_weight, target),
-                    linear_bias=linear_bias,
-                    weight=weight,
-                    reduction="none",
-                    ignore_index=ignore_index,
-                    label_smoothing=label_smoothing,
-                )
+        def composition(input, linear_weight, linear_bias):
+            return reference(
+                *(input, linear_weight, target),
+                linear_bias=linear_bias,
+                weight=weight,
+                reduction="none",
+                ignore_index=ignore_index,
+                label_smoothing=label_smoothing,
+            )
 
-            grads = _autograd.Backward.apply(lambda *all: tuple(kernel(*all)), composition, grad_output, *tensors)
-        else:
-            grads = kernel(grad_output, *tensors)
-        return *grads, None, None, None, None
+        return *_autograd.gradients(kernel, composition, grad_output, *tensors), None, None, None, None
