@@ -51,7 +51,7 @@ def attention(
     Raises:
         ValueError: ``attention: key is (2, 12, 7, 32), query (2, 12, 7, 64) needs (…, 64)``; likewise for the other
             shapes, dtypes and devices, dropout_p, and ``cu_seqlens`` that do not cut T tokens into sequences.
-        TypeError: an argument is not a tensor.
+        TypeError: an argument is not a tensor, or ``max_seqlen`` not an integer.
     Example:
         >>> q, k, v = torch.ones(3, 2, 4, 7, 8)
         >>> attention(q, k, v).shape
@@ -148,6 +148,8 @@ def _check(query, key, value, attn_mask, dropout_p, cu_seqlens, max_seqlen):
         raise ValueError(f"attention: value is {tuple(value.shape)}, key {tuple(key.shape)} needs {needs}")
     if cu_seqlens is not None:
         _check_packed(query, key, value, attn_mask, cu_seqlens)
+        if isinstance(max_seqlen, torch.Tensor | float | str):
+            raise TypeError(f"attention: max_seqlen must be an integer, got {type(max_seqlen).__name__}")
     elif max_seqlen is not None:
         raise ValueError(f"attention: max_seqlen is {max_seqlen}, but there are no cu_seqlens")
     if attn_mask is not None:
