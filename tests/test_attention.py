@@ -468,6 +468,12 @@ def test_what_is_no_tensor_is_named(name):
         attention(**arguments)
 
 
+@pytest.mark.parametrize("longest", [torch.tensor(6), 6.0], ids=str)
+def test_the_longest_sequence_is_an_integer(longest):
+    with pytest.raises(TypeError, match=f"^attention: max_seqlen must be an integer, got {type(longest).__name__}"):
+        attention(*(PACKED,) * 3, cu_seqlens=starts(6), max_seqlen=longest)
+
+
 def test_foreign_memory_is_out_of_reach_of_the_raw_op():
     q = torch.ones(6, 1, 4)
     for cu in ((0, 7), (0, 3), (-1, 6), (0, 8, 6)):

@@ -181,6 +181,14 @@ def test_models_that_cannot_be_trained(job, tmp_path, damage, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_file_is_no_folder_of_a_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "model.bin", "weights")
+    said = pytest.raises(ValueError, match=r"model='model\.bin' cannot be loaded: it is a file, not a folder$")
+    with said, checkpoint.loading("model.bin"):
+        pass
+
+
 @pytest.mark.parametrize("name", ["/no/such/model", "runs/today/model", "./model", "model/", "~/model", ""])
 def test_what_names_no_model_on_the_hub_is_not_looked_for_there(name):
     with (

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastft import _library
-from fastft.functional import _choice, cross_entropy
+from fastft.functional import _choice, cross_entropy, linear_cross_entropy
 from fastft.functional.cross_entropy import reference
 from fastft.nn import CrossEntropyLoss
 from fastft.testing import error
@@ -260,6 +260,15 @@ def test_a_class_out_of_range_is_named_with_its_place(backend, target, shape, op
         pytest.skip(f"no native library: {_library.why_not()}")
     with _choice.use_backend(backend), pytest.raises(IndexError, match=re.escape(f"cross_entropy: {message}")):
         cross_entropy(logits(*shape), target, **options)
+
+
+@pytest.mark.parametrize("backend", ("torch", "auto", "fastft"))
+def test_behind_a_linear_layer_too(backend):
+    if backend == "fastft" and not _library.available():
+        pytest.skip(f"no native library: {_library.why_not()}")
+    wrong = pytest.raises(IndexError, match=r"cross_entropy: target\[1\] is 7, must be in \[0, 5\)")
+    with _choice.use_backend(backend), wrong:
+        linear_cross_entropy(logits(2, 3), logits(5, 3), torch.tensor([4, 7]))
 
 
 def test_the_first_wrong_target_of_many_is_named_whatever_the_threads(ours, each_isa):

@@ -117,6 +117,19 @@ def test_everything_or_nothing_dropped():
     )
 
 
+@pytest.mark.parametrize("of_input", (torch.float32, torch.bfloat16, torch.float64), ids=str)
+@pytest.mark.parametrize("of_residual", (torch.float32, torch.bfloat16, torch.float64), ids=str)
+def test_a_residual_of_any_dtype_is_taken_by_either_kernel(of_input, of_residual):
+    input, residual = torch.randn(3, 8, dtype=of_input), torch.randn(3, 8, dtype=of_residual)
+    parameters = torch.rand(2, 8, dtype=of_input)
+    outputs = []
+    for backend in ("fastft", "torch"):
+        with use_backend(backend):
+            outputs.append(dropout_add_layer_norm(input, residual, *parameters, 0.0))
+    assert outputs[0].dtype == outputs[1].dtype == (input + residual).dtype
+    assert all(output.isfinite().all() for output in outputs)
+
+
 def test_the_number_of_threads_changes_no_bit():
     before, found = torch.get_num_threads(), []
     t = TensorMaker(torch.float32)

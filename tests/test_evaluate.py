@@ -230,6 +230,16 @@ def test_predict_reads_lines_from_a_pipe(foreign):
     assert [json.loads(line)["text"] for line in done.stdout.splitlines()] == ["good", "", "bad"]
 
 
+def test_predict_does_not_take_the_name_of_a_file_for_a_text(foreign, tmp_path):
+    (tmp_path / "new.csv").write_text("text\ngood\n")
+    done = fastft_command("predict", foreign, tmp_path / "new.csv")
+    assert done.exit_code == 2
+    assert (
+        done.stderr
+        == f"fastft: TEXT '{tmp_path}/new.csv' is a file: --file {tmp_path}/new.csv classifies the texts in it\n"
+    )
+
+
 def test_predict_writes_what_it_read_from_a_file(foreign, tmp_path):
     texts = ["good, film", 'a "quoted"\nline', "", "Grüße \ud83d"]
     (tmp_path / "new.jsonl").write_text("\n".join(json.dumps({"id": 1, "text": text}) for text in texts))

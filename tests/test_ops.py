@@ -4,12 +4,15 @@ All of it with FASTFT_BACKEND=fastft, so that nothing passes by falling back to 
 """
 
 import functools
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 from fastft import _library
+from fastft.functional import attention, cross_entropy, dropout_add_layer_norm, linear_act
 from fastft.functional._choice import use_backend
 from fastft.testing import TensorMaker, all_specs
 from fastft.testing.error import SEEDS, Budget, cast, check_op, guard, run
@@ -126,7 +129,7 @@ def test_inputs_are_left_as_they_were(spec, device):
 def test_gradients_are_derivatives_of_the_output(spec, device):
     for index in small(spec):
         function, leaves = differentiable(spec, index, device)
-        assert gradcheck(function, leaves, fast_mode=True), spec.outline()[index]
+        assert gradcheck(function, leaves, fast_mode=True, check_batched_grad=True), spec.outline()[index]
 
 
 @each_spec
@@ -135,6 +138,19 @@ def test_second_derivatives_are_derivatives_of_the_gradients(spec, device):
     for index in small(spec):
         function, leaves = differentiable(spec, index, device)
         assert gradgradcheck(function, leaves, fast_mode=True), spec.outline()[index]
+
+
+@each_spec
+@each_device
+def test_a_tangent_of_the_upstream_gradient_is_not_lost(spec, device):
+    function, leaves = differentiable(spec, small(spec)[0], device)
+    output = function(*leaves)
+
+    def gradients(grad_output):
+        return torch.autograd.grad(output, leaves, grad_output, create_graph=True)
+
+    upstream = torch.ones_like(output, requires_grad=True)
+    assert gradcheck(gradients, upstream, check_backward_ad=False, check_forward_ad=True, fast_mode=True)
 
 
 def differentiable(spec, index, device):
@@ -322,6 +338,31 @@ def test_compiled_without_graph_breaks_it_gives_the_same_bits(spec, device, dyna
         assert_same_bits(
             results(spec, compiled, index, torch.float32, device), results(spec, spec.op, index, torch.float32, device)
         )
+
+
+def test_the_first_use_of_an_op_may_be_inside_of_a_compiled_function():
+    code = """
+import torch, fastft
+torch.compile(lambda x: fastft.functional.layer_norm(x, 256), backend="aot_eager", fullgraph=True)(torch.ones(128, 256))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: linear_act(x, x, x[0]),
+        lambda x: cross_entropy(x, x),
+        lambda x: dropout_add_layer_norm(x, x, x[0], x[0], 0.0),
+        lambda x: attention(x[None, None], x[None, None], x[None, None]),
+    ],
+    ids=("linear_act", "cross_entropy", "dropout_add_layer_norm", "attention"),
+)
+def test_compiled_it_takes_a_tensor_twice(function):
+    torch._dynamo.reset()
+    ours, expected = (torch.randn(64, 64, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in "ab")
+    assert torch.equal(torch.compile(function, backend="aot_eager", fullgraph=True)(ours), function(expected))
 
 
 @each_spec

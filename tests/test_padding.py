@@ -157,6 +157,8 @@ def test_options_are_checked_and_forgotten_by_restore():
         fastft.optimize(build(BertModel), cls_only=True)
     with pytest.raises(ValueError, match="cls_only is 'yes', must be one of 'auto', True, False"):
         fastft.optimize(build(), cls_only="yes")
+    with pytest.raises(ValueError, match="padding_free is 'no', must be True or False"):
+        fastft.optimize(build(), padding_free="no")
     model = fastft.optimize(build().train(), padding_free=False, cls_only=False)
     assert "padding" not in str(fastft.report(model))
     fastft.optimize(fastft.restore(model), cls_only=True)

@@ -38,12 +38,18 @@ def predict(
     given = _options.given(locals(), "texts", "file", "output")
     with reporting(debug, given):
         from fastft.training import output as place
+        from fastft.training import readers
         from fastft.training.predict import SUFFIXES
 
         if output is not None:
             place.check(output, SUFFIXES, data=file)
         if texts and file is not None:
             raise ValueError(f"{len(texts)} TEXT and --file {file} are given: which of them is to be classified?")
+        for argument in texts or ():
+            if (
+                argument.lower().endswith(readers.SUFFIXES) and Path(argument).is_file()
+            ):  # evaluate takes it in that place
+                raise ValueError(f"TEXT {argument!r} is a file: --file {argument} classifies the texts in it")
         if file is None and text is not None:
             raise ValueError(f"--text {text} names a column of --file, which is not given")
         if not texts and file is None:

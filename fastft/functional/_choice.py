@@ -19,6 +19,7 @@ def _from_environment():
 
 
 _backend = _from_environment()
+_library.load()  # here, because torch.compile, where it may be used first, cannot
 
 
 def backend():

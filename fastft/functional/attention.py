@@ -51,7 +51,7 @@ def attention(
     Raises:
         ValueError: ``attention: key is (2, 12, 7, 32), query (2, 12, 7, 64) needs (…, 64)``; likewise for the other
             shapes, dtypes and devices, dropout_p, and ``cu_seqlens`` that do not cut T tokens into sequences.
-        TypeError: an argument is not a tensor.
+        TypeError: an argument is not a tensor, or ``max_seqlen`` not an integer.
     Example:
         >>> q, k, v = torch.ones(3, 2, 4, 7, 8)
         >>> attention(q, k, v).shape
@@ -78,11 +78,8 @@ def attention(
     seed = _dropout.draw_seed(query.device) if threshold else None
     starts = None if cu_seqlens is None else cu_seqlens.to(torch.int32).contiguous()
     mask = None if attn_mask is None else _mask(attn_mask, query, key, cast)
-    if torch.compiler.is_compiling():  # which takes no tensor twice
-        key = key.view_as(key) if key is query else key
-        value = value.view_as(value) if value is query or value is key else value
     if _autograd.needs_grad(query, key, value):
-        return _Attention.apply(query, key, value, mask, starts, seed, call)
+        return _autograd.apply(_Attention, query, key, value, mask, starts, seed, call)
     return forward(call, query, key, value, mask, starts, starts, seed, keep=False)[0]
 
 
@@ -151,6 +148,8 @@ def _check(query, key, value, attn_mask, dropout_p, cu_seqlens, max_seqlen):
         raise ValueError(f"attention: value is {tuple(value.shape)}, key {tuple(key.shape)} needs {needs}")
     if cu_seqlens is not None:
         _check_packed(query, key, value, attn_mask, cu_seqlens)
+        if isinstance(max_seqlen, torch.Tensor | float | str):
+            raise TypeError(f"attention: max_seqlen must be an integer, got {type(max_seqlen).__name__}")
     elif max_seqlen is not None:
         raise ValueError(f"attention: max_seqlen is {max_seqlen}, but there are no cu_seqlens")
     if attn_mask is not None:
@@ -317,7 +316,7 @@ def _tokens_first(query):
     if query.dim() == 3:
         return _arena.empty_like(query)
     B, N, S, D = query.shape
-    return _arena.empty((B, S, N, D), query.dtype, query).transpose(1, 2)
+    return _arena.empty((B, S, N, D), query.dtype, query).transpose_(1, 2)  # no view: callers may change it in place
 
 
 def _empty_grad(tensor):
@@ -343,11 +342,8 @@ class _Attention(torch.autograd.Function):
             grads = [_empty_grad(t) if want else None for t, want in zip(tensors, wanted, strict=True)]
             return tuple(backward(ctx.call, grads, grad_output, stats, *tensors, mask, starts, starts, seed))
 
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            same = functools.partial(composition, ctx.call, (mask, starts, starts, seed))
-            grads = _autograd.Backward.apply(kernel, same, grad_output, query, key, value)
-        else:
-            grads = kernel(grad_output, query, key, value)
+        same = functools.partial(composition, ctx.call, (mask, starts, starts, seed))
+        grads = _autograd.gradients(kernel, same, grad_output, query, key, value)
         return *grads, None, None, None, None
 
 

@@ -183,7 +183,7 @@ def _run(input, target, weight, ignore_index, reduction, label_smoothing, dtype)
         weight = weight.to(dtype)
     options = (ignore_index, float(label_smoothing), _REDUCTIONS[reduction])
     if _autograd.needs_grad(input, target):
-        return _CrossEntropy.apply(input, target, weight, dtype, options)
+        return _autograd.apply(_CrossEntropy, input, target, weight, dtype, options)
     return forward(input, target, weight, dtype, options, keep=False)[0]
 
 
@@ -256,12 +256,9 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         *tensors, stats, divisor = ctx.saved_tensors
-        kept = ctx.options, stats, divisor, _autograd.wanted(ctx, slice(2))
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            kernel = functools.partial(backward, *kept)
-            composition = functools.partial(_composition, ctx.dtype, ctx.options)
-            return *_autograd.Backward.apply(kernel, composition, grad_output, *tensors), None, None
-        return *backward(*kept, grad_output, *tensors), None, None
+        kernel = functools.partial(backward, ctx.options, stats, divisor, _autograd.wanted(ctx, slice(2)))
+        composition = functools.partial(_composition, ctx.dtype, ctx.options)
+        return *_autograd.gradients(kernel, composition, grad_output, *tensors), None, None
 
 
 def _composition(dtype, options, input, target, weight):

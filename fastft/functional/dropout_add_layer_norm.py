@@ -57,6 +57,7 @@ def dropout_add_layer_norm(input, residual, weight, bias, p=0.1, training=True, 
 def reference(input, residual, weight, bias, p=0.1, training=True, eps=1e-12):
     """The same in PyTorch's functions."""
     sum = residual + torch.nn.functional.dropout(input, p, training)
+    weight, bias = (None if t is None else t.to(torch.promote_types(t.dtype, sum.dtype)) for t in (weight, bias))
     return torch.nn.functional.layer_norm(sum, sum.shape[-1:], weight, bias, eps)
 
 

@@ -32,7 +32,7 @@ def embedding(input, weight, padding_idx=None):
     passed = not _autograd.needs_grad(weight) or torch.compiler.is_compiling() or input.numel() == 0
     if not _choice.runs("embedding", why_not) or passed:
         return torch.nn.functional.embedding(input, weight, padding_idx)
-    return _Embedding.apply(input, weight, padding_idx)
+    return _autograd.apply(_Embedding, input, weight, padding_idx)
 
 
 def embeddings(
@@ -145,7 +145,7 @@ def _raise_if_out_of_range(ids, tables):
 
 def _run(eps, dropout, paddings, ids, tensors):
     if _autograd.needs_grad(*tensors):
-        return _Embeddings.apply(eps, *dropout, paddings, *ids, *tensors)
+        return _autograd.apply(_Embeddings, eps, *dropout, paddings, *ids, *tensors)
     return _forward(eps, dropout, ids, tensors, keep=False)[0]
 
 
@@ -214,15 +214,10 @@ class _Embedding(torch.autograd.Function):
             rows = grad_output.reshape(-1, weight.shape[1]).contiguous()
             return (_table_gradient(weight, _rows(input, input.shape), rows, ctx.padding_idx),)
 
-        if torch.is_grad_enabled():
+        def composition(weight):
+            return torch.nn.functional.embedding(input, weight, ctx.padding_idx)
 
-            def composition(weight):
-                return torch.nn.functional.embedding(input, weight, ctx.padding_idx)
-
-            (grad,) = _autograd.Backward.apply(kernel, composition, grad_output, weight)
-        else:
-            (grad,) = kernel(grad_output, weight)
-        return None, grad, None
+        return None, *_autograd.gradients(kernel, composition, grad_output, weight), None
 
 
 class _Embeddings(torch.autograd.Function):
@@ -243,15 +238,10 @@ class _Embeddings(torch.autograd.Function):
         def kernel(grad_output, *tensors):
             return _backward((mean, rstd), dropout, paddings, ids, wanted, grad_output, *tensors)
 
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        def composition(*tensors):
+            output = reference(*ids, *tensors, 0.0, True, eps, paddings)
+            if seed is None:
+                return output
+            return output * _dropout.factors(seed, use, threshold, *output.shape).to(output.dtype)
 
-            def composition(*tensors):
-                output = reference(*ids, *tensors, 0.0, True, eps, paddings)
-                if seed is None:
-                    return output
-                return output * _dropout.factors(seed, use, threshold, *output.shape).to(output.dtype)
-
-            grads = _autograd.Backward.apply(kernel, composition, grad_output, *tensors)
-        else:
-            grads = kernel(grad_output, *tensors)
-        return *[None] * 8, *grads
+        return *[None] * 8, *_autograd.gradients(kernel, composition, grad_output, *tensors)

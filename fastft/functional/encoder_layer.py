@@ -108,7 +108,7 @@ def encoder_layer(input, batch, attention=None, feed_forward=None, memory="fast"
     mask, cu_seqlens = (batch.mask, batch.cu_seqlens) if batch else (None, None)
     seed = _dropout.draw_seed(input.device) if run.drops() else None
     if _autograd.needs_grad(input, *parameters):
-        return _Layer.apply(run, mask, cu_seqlens, seed, input, *parameters)
+        return _autograd.apply(_Layer, run, mask, cu_seqlens, seed, input, *parameters)
     return run.forward(mask, cu_seqlens, seed, input, parameters, keep=False)[0]
 
 
@@ -439,12 +439,7 @@ class _Layer(torch.autograd.Function):
             grads = ctx.run.backward(*given, kept, wanted, grad_output, *sources)
             return tuple(grad if want else None for grad, want in zip(grads, wanted, strict=True))
 
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        def composition(*sources):
+            return ctx.run.composition(*given, *sources)
 
-            def composition(*sources):
-                return ctx.run.composition(*given, *sources)
-
-            grads = _autograd.Backward.apply(kernel, composition, grad_output, *sources)
-        else:
-            grads = kernel(grad_output, *sources)
-        return None, None, None, None, *grads
+        return None, None, None, None, *_autograd.gradients(kernel, composition, grad_output, *sources)

@@ -97,7 +97,7 @@ def _slower(is_cpu, B, C, H, dtype, train, drops):
 def run(input, weight, bias, target, ignore_index, dropout):
     """:func:`head` by our kernel; ``dropout`` is (seed, threshold, use) of _dropout.py."""
     if _autograd.needs_grad(input, weight, bias):
-        return _Head.apply(input, weight, bias, target, ignore_index, *dropout)
+        return _autograd.apply(_Head, input, weight, bias, target, ignore_index, *dropout)
     return forward(input, weight, bias, target, ignore_index, dropout, keep=False)[:2]
 
 
@@ -177,11 +177,11 @@ class _Head(torch.autograd.Function):
             return (None,) * 8
         dropout, wanted = (seed, ctx.threshold, ctx.use), _autograd.wanted(ctx, slice(3))
         kernel = functools.partial(backward, (logits, stats, divisor), target, ctx.ignore_index, dropout, wanted)
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if _autograd.only_numbers(*(grad for grad in (grad_loss, grad_logits) if grad is not None)):
             return *kernel(grad_loss, grad_logits, *tensors), *(None,) * 5
         loss_dtype = tensors[1].dtype
 
-        # Both outputs as one, which is what Backward takes.
+        # Both outputs as one, which is what `gradients` takes.
         def joined(loss, logits):
             return torch.cat([loss.reshape(1), logits.reshape(-1)])
 
@@ -195,4 +195,4 @@ class _Head(torch.autograd.Function):
             logits.new_zeros((), dtype=loss_dtype) if grad_loss is None else grad_loss,
             torch.zeros_like(logits) if grad_logits is None else grad_logits,
         )
-        return *_autograd.Backward.apply(kernel_of_joined, composed, grad, *tensors), *(None,) * 5
+        return *_autograd.gradients(kernel_of_joined, composed, grad, *tensors), *(None,) * 5

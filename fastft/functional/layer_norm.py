@@ -100,7 +100,7 @@ def normalize(rows, residual, weight, bias, eps, dropout=_dropout.NONE):
     Returns: ``(M, H)``.
     """
     if _autograd.needs_grad(rows, residual, weight, bias):
-        return _Normalize.apply(rows, residual, weight, bias, eps, *dropout)
+        return _autograd.apply(_Normalize, rows, residual, weight, bias, eps, *dropout)
     return forward(rows, residual, weight, bias, eps, dropout, keep=False)[0]
 
 
@@ -163,12 +163,7 @@ class _Normalize(torch.autograd.Function):
         def kernel(grad_output, *tensors):
             return backward(saved, dropout, wanted, grad_output, *tensors)
 
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        def same(*tensors):
+            return composition(*tensors, ctx.eps, dropout)
 
-            def reference(*tensors):
-                return composition(*tensors, ctx.eps, dropout)
-
-            grads = _autograd.Backward.apply(kernel, reference, grad_output, *tensors)
-        else:
-            grads = kernel(grad_output, *tensors)
-        return *grads, None, None, None, None
+        return *_autograd.gradients(kernel, same, grad_output, *tensors), None, None, None, None

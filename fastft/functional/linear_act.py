@@ -55,7 +55,7 @@ def linear_act(input, weight, bias=None, activation="gelu"):
             input = input.to(cast)
     index = activations.index(name)
     if _autograd.needs_grad(input, weight, bias):
-        return _LinearAct.apply(input, weight, bias, index, dtype)
+        return _autograd.apply(_LinearAct, input, weight, bias, index, dtype)
     return forward(input, weight, bias, index, dtype, keep=False)[0]
 
 
@@ -326,12 +326,9 @@ class _LinearAct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         *tensors, preact = ctx.saved_tensors
-        kept = ctx.activation, preact, _autograd.wanted(ctx, slice(3))
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            kernel = functools.partial(backward, *kept)
+        kernel = functools.partial(backward, ctx.activation, preact, _autograd.wanted(ctx, slice(3)))
 
-            def composition(input, *parameters):
-                return reference(input.to(ctx.dtype), *parameters, activations.NAMES[ctx.activation])
+        def composition(input, *parameters):
+            return reference(input.to(ctx.dtype), *parameters, activations.NAMES[ctx.activation])
 
-            return *_autograd.Backward.apply(kernel, composition, grad_output, *tensors), None, None
-        return *backward(*kept, grad_output, *tensors), None, None
+        return *_autograd.gradients(kernel, composition, grad_output, *tensors), None, None

@@ -53,33 +53,14 @@ def linear_cross_entropy(
     cast = _check(input, linear_weight, target, linear_bias, weight, ignore_index, reduction, label_smoothing)
     dtype = cast or input.dtype
     why_not = _why_not(input, linear_weight, target, linear_bias, weight, dtype)
-    if not _choice.runs("linear_cross_entropy", why_not, _slower(input, linear_weight)):
-        return reference(input, linear_weight, target, **options)
-    if cast is not None:
-        masters = linear_weight.dtype == torch.float32 and (linear_bias is None or linear_bias.dtype == torch.float32)
-        if not masters:
-            linear_weight = linear_weight.to(cast)
-            linear_bias = None if linear_bias is None else linear_bias.to(cast)
-        if not (masters and rounds_input(input, cast)):
-            input = input.to(cast)
-    result = dtype if cast is None else torch.float32
-    summed = torch.promote_types(dtype, torch.float32)  # losses of rows are not rounded before they are added up
-    target = target.long()
-    weight = None if weight is None else weight.to(summed)
+    ours = _choice.runs("linear_cross_entropy", why_not, _slower(input, linear_weight))
     try:
-        losses = _losses(
-            input, linear_weight, linear_bias, target, weight, dtype, (ignore_index, float(label_smoothing))
-        )
-    except RuntimeError:
+        if not ours:
+            return reference(input, linear_weight, target, **options)
+        return _run(input, linear_weight, target, cast, **options)
+    except (IndexError, RuntimeError):
         raise_if_out_of_range(target, ignore_index, len(linear_weight))
         raise
-    if reduction == "none":
-        return losses.to(result)
-    total = losses.sum()
-    if reduction == "mean":
-        counts = target != ignore_index
-        total = total / (counts.sum() if weight is None else (weight[target.where(counts, 0)] * counts).sum())
-    return total.to(result)
 
 
 def reference(
@@ -150,10 +131,33 @@ def _slower(input, linear_weight):
     return not input.is_cpu or input.shape[:-1].numel() * len(linear_weight) < 1 << 18
 
 
+def _run(input, linear_weight, target, cast, *, linear_bias, weight, reduction, ignore_index, label_smoothing):
+    if cast is not None:
+        masters = linear_weight.dtype == torch.float32 and (linear_bias is None or linear_bias.dtype == torch.float32)
+        if not masters:
+            linear_weight = linear_weight.to(cast)
+            linear_bias = None if linear_bias is None else linear_bias.to(cast)
+        if not (masters and rounds_input(input, cast)):
+            input = input.to(cast)
+    dtype = cast or input.dtype
+    result = dtype if cast is None else torch.float32
+    summed = torch.promote_types(dtype, torch.float32)  # losses of rows are not rounded before they are added up
+    target = target.long()
+    weight = None if weight is None else weight.to(summed)
+    losses = _losses(input, linear_weight, linear_bias, target, weight, dtype, (ignore_index, float(label_smoothing)))
+    if reduction == "none":
+        return losses.to(result)
+    total = losses.sum()
+    if reduction == "mean":
+        counts = target != ignore_index
+        total = total / (counts.sum() if weight is None else (weight[target.where(counts, 0)] * counts).sum())
+    return total.to(result)
+
+
 def _losses(input, linear_weight, linear_bias, target, weight, dtype, options):
     """The loss of each row, ``(N,)``."""
     if _autograd.needs_grad(input, linear_weight, linear_bias):
-        return _LinearCrossEntropy.apply(input, linear_weight, linear_bias, target, weight, dtype, options)
+        return _autograd.apply(_LinearCrossEntropy, input, linear_weight, linear_bias, target, weight, dtype, options)
     return _forward(input, linear_weight, linear_bias, target, weight, dtype, options, keep=False)[0]
 
 
@@ -205,20 +209,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         *tensors, target, weight, stats = ctx.saved_tensors
         wanted = _autograd.wanted(ctx, slice(3))
         kernel = functools.partial(_backward, ctx.dtype, ctx.options, stats, target, weight, wanted)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            ignore_index, label_smoothing = ctx.options
+        ignore_index, label_smoothing = ctx.options
 
-            def composition(input, linear_weight, linear_bias):
-                return reference(
-                    *(input, linear_weight, target),
-                    linear_bias=linear_bias,
-                    weight=weight,
-                    reduction="none",
-                    ignore_index=ignore_index,
-                    label_smoothing=label_smoothing,
-                )
+        def composition(input, linear_weight, linear_bias):
+            return reference(
+                *(input, linear_weight, target),
+                linear_bias=linear_bias,
+                weight=weight,
+                reduction="none",
+                ignore_index=ignore_index,
+                label_smoothing=label_smoothing,
+            )
 
-            grads = _autograd.Backward.apply(lambda *all: tuple(kernel(*all)), composition, grad_output, *tensors)
-        else:
-            grads = kernel(grad_output, *tensors)
-        return *grads, None, None, None, None
+        return *_autograd.gradients(kernel, composition, grad_output, *tensors), None, None, None, None

@@ -50,6 +50,8 @@ def optimize(model, *, dtype="auto", padding_free=True, cls_only="auto", activat
         raise ValueError(f"optimize: dtype is {dtype!r}, must be one of {', '.join(map(repr, DTYPES))}")
     if cls_only not in ("auto", True, False):
         raise ValueError(f"optimize: cls_only is {cls_only!r}, must be one of 'auto', True, False")
+    if not isinstance(padding_free, bool):
+        raise ValueError(f"optimize: padding_free is {padding_free!r}, must be True or False")
     if activation_memory not in MEMORY:
         raise ValueError(
             f"optimize: activation_memory is {activation_memory!r}, must be one of {', '.join(map(repr, MEMORY))}"
