@@ -45,6 +45,9 @@ struct LinearActForward {
   int activation;              // index in common/activation.h
   const float* x32 = nullptr;  // in place of x where kTakesFloat: fp32 that is rounded on its way in; CPU only
   const T* w_low = nullptr;    // (N, K) w as T where W is another type; CUDA only
+  // Elements from one row to the next where they are not K of x, and N of y and z; CPU only. Rows that lie a multiple of
+  // 4096 bytes apart share their place in L1.
+  int64_t x_stride = 0, y_stride = 0;
 };
 
 // dz = dy act'(z), dx = dz w + add, dw = dz^T x, db = column sums of dz; each of the three outputs may be null.
@@ -74,6 +77,7 @@ struct LinearActBackward {
   const T* x_preact = nullptr;  // (M, K) or null
   T* x_again = nullptr;         // (M, K) or null
   int x_activation = 0;
+  int64_t x_stride = 0, y_stride = 0;  // as in the forward: of x, its gradient, add, x_preact, x_again; of dy, z, y
 };
 
 // Rows of a partial sum over rows: fixed, so that the sum's order is.

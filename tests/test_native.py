@@ -36,7 +36,8 @@ ACTIVATIONS = {
 SIZES = [(1, 1, 1), (3, 5, 7), (15, 33, 17), (29, 65, 401), (257, 19, 64), (2, 300, 3), (0, 4, 3), (4, 3, 0)]
 
 # The last fields of LinearActBackward: of an input in float32, and for CUDA's tensor cores.
-NO_FLOAT, CUDA_ONLY = (None, None, None), (None, None, None, 1, None, None, 0)
+DENSE = 0, 0
+NO_FLOAT, CUDA_ONLY = (None, None, None), (None, None, None, 1, None, None, 0, *DENSE)
 
 
 @pytest.fixture(params=setup.ISA_FLAGS)
@@ -124,7 +125,7 @@ def linear_act(kernels, suffix, activation, x, w, b, dy):
     T, W = DTYPES[suffix]
     M, K, N, index = *x.shape, len(w), activations.index(activation)
     y, z = (unwritten(M, N, dtype=T) for _ in "yz")
-    y, z, *_ = call(kernels, f"linear_act_forward_{suffix}", y, z, x, w, b, M, N, K, index, None, None)
+    y, z, *_ = call(kernels, f"linear_act_forward_{suffix}", y, z, x, w, b, M, N, K, index, None, None, *DENSE)
     dx, dw, db = unwritten(M, K, dtype=T), unwritten(N, K, dtype=W), unwritten(N, dtype=W)
     kept = None if activation == "identity" else z
     again = None if kept is None else unwritten(M, N, dtype=T)
@@ -176,6 +177,7 @@ def test_linear_act_leaves_out_what_is_not_wanted(kernels):
     x, w, dy = (inputs[name] for name in ("x", "w", "dy"))
     everything = linear_act(kernels, "f32", "gelu", x, w, np.zeros(10, np.float32), dy)
     forward = unwritten(6, 10, dtype=np.float32), None, x, w, None, 6, 10, 9, activations.index("gelu"), None, None
+    forward = *forward, *DENSE
     np.testing.assert_array_equal(call(kernels, "linear_act_forward_f32", *forward)[0], everything["y"])
     for position, name in enumerate(("dx", "dw", "db")):
         outputs = [None, None, None]
@@ -210,13 +212,44 @@ def test_linear_act_adds_a_gradient_before_it_rounds(kernels, suffix):
     np.testing.assert_array_equal(numbers(dx), dy @ w + add)
 
 
+@pytest.mark.parametrize("suffix", DTYPES)
+def test_linear_act_takes_rows_that_lie_apart(kernels, suffix):
+    M, N, K, x_gap, y_gap = 67, 50, 40, 5, 8
+    (T, W), gelu = DTYPES[suffix], activations.index("gelu")
+    x, w, b, dy = linear_act_inputs((M, N, K), (T, W)).values()
+
+    def apart(array, gap):
+        return np.concatenate([array, unwritten(M, gap, dtype=T)], axis=1)
+
+    def run(x_gap, y_gap):
+        strides = (K + x_gap, N + y_gap) if x_gap else DENSE
+        of_x, of_y = functools.partial(apart, gap=x_gap), functools.partial(apart, gap=y_gap)
+        y, z, *_ = call(
+            *(kernels, f"linear_act_forward_{suffix}", of_y(unwritten(M, N, dtype=T)), of_y(unwritten(M, N, dtype=T))),
+            *(of_x(x), w, b, M, N, K, gelu, None, None, *strides),
+        )
+        found = [(y, N), (z, N)]
+        for through in (None, None, 0), (of_x(x), of_x(unwritten(M, K, dtype=T)), gelu):
+            dx, dw, db = of_x(unwritten(M, K, dtype=T)), unwritten(N, K, dtype=W), unwritten(N, dtype=W)
+            add, again = (None if through[2] else of_x(x)), of_y(unwritten(M, N, dtype=T))
+            fields = of_y(dy), of_y(z[:, :N]), of_x(x), w, M, N, K, gelu, add, again, *NO_FLOAT, None, None, None, 1
+            dx, dw, db, *rest = call(kernels, f"linear_act_backward_{suffix}", dx, dw, db, *fields, *through, *strides)
+            found += [(dx, K), (dw, K), (db, N), (rest[9], N), *([(rest[-4], K)] if through[2] else [])]
+        return found
+
+    for (dense, cols), (spread, _) in zip(run(0, 0), run(x_gap, y_gap), strict=True):
+        np.testing.assert_array_equal(dense, spread[..., :cols])
+        gap = spread[..., cols:]
+        np.testing.assert_array_equal(gap, unwritten(*gap.shape, dtype=gap.dtype))
+
+
 def test_linear_act_rounds_a_float32_input_on_its_way_in(kernels):
     inputs = linear_act_inputs((31, 45, 19), DTYPES["bf16_f32"])
     x, w, b, dy = inputs.values()
     M, N, K, index = 31, 45, 19, activations.index("gelu")
     rounded = linear_act(kernels, "bf16_f32", "gelu", **inputs)
     x32, (y, z) = numbers(x, np.float32), (unwritten(M, N, dtype=BF16) for _ in "yz")
-    y, z, *_ = call(kernels, "linear_act_forward_bf16_f32", y, z, None, w, b, M, N, K, index, x32, None)
+    y, z, *_ = call(kernels, "linear_act_forward_bf16_f32", y, z, None, w, b, M, N, K, index, x32, None, *DENSE)
     np.testing.assert_array_equal(y, rounded["y"])
     dw, db, dx32 = unwritten(N, K, dtype=np.float32), unwritten(N, dtype=np.float32), unwritten(M, K, dtype=np.float32)
     fields = None, dw, db, dy, z, None, w, M, N, K, index, None, None, x32, dx32, None, *CUDA_ONLY
@@ -626,7 +659,8 @@ import native, numpy
 kernels = native.kernels()
 kernels.set_isa(kernels.isas().split(",")[{0 if isa == "lowest" else -1}])
 x, w, y = (native.exactly(numpy.ones(shape, numpy.float32)) for shape in ((5, 7), (11, 7), (5, 11)))
-kernels.linear_act_forward_f32(y, None, x, w, native.exactly(numpy.ones(10, numpy.float32)), 5, 11, 7, 0, None, None)
+b = native.exactly(numpy.ones(10, numpy.float32))
+kernels.linear_act_forward_f32(y, None, x, w, b, 5, 11, 7, 0, None, None, 0, 0)
 """
     done = sanitized("-c", code)
     assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr, done.stderr[-4000:]

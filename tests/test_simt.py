@@ -509,7 +509,7 @@ def test_elements_beyond_two_to_the_31_are_found(dtype, gpu):
 
 def test_a_grid_of_more_blocks_than_cuda_has_is_refused(gpu):
     with pytest.raises(RuntimeError, match="blocks are more than a CUDA grid holds"):
-        simt.kernels().linear_act_forward_f32(*[None] * 5, 2**31 * 64, 64, 0, 0, None, None)
+        simt.kernels().linear_act_forward_f32(*[None] * 5, 2**31 * 64, 64, 0, 0, None, None, 0, 0)
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -15,18 +15,21 @@ LinearActForward<T, W> forward_args(const Tensor& output, const std::optional<Te
                                     const Tensor& weight, const std::optional<Tensor>& bias, int64_t activation,
                                     const std::optional<Tensor>& low_weight) {
   const int64_t N = weight.size(0), K = weight.size(1), M = input.size(0);
+  const Matrix x{M, K, input}, y{M, N, output};
   const bool x32 = takes_float<T, W>(input);
-  return {fresh<T>(output, "output", {M, N}),
-          fresh<T>(preact, "preact", {M, N}),
-          x32 ? nullptr : pointer<const T>(input, "input", {M, K}),
+  return {fresh<T>(output, "output", y),
+          fresh<T>(preact, "preact", y),
+          x32 ? nullptr : pointer<const T>(input, "input", x),
           pointer<const W>(weight, "weight", {N, K}),
           pointer<const W>(bias, "bias", {N}),
           M,
           N,
           K,
           int(activation),
-          x32 ? pointer<const float>(input, "input", {M, K}) : nullptr,
-          pointer<const T>(low_weight, "low_weight", {N, K})};
+          x32 ? pointer<const float>(input, "input", x) : nullptr,
+          pointer<const T>(low_weight, "low_weight", {N, K}),
+          x.stride,
+          y.stride};
 }
 
 template <class T, class W>
@@ -40,31 +43,34 @@ LinearActBackward<T, W> backward_args(const std::optional<Tensor>& grad_input, c
                                       const std::optional<Tensor>& input_again, int64_t input_activation) {
   const int64_t N = weight.size(0), K = weight.size(1), M = input.size(0);
   if (activation != 0 && !preact) refuse("preact", "is missing");
+  const Matrix x{M, K, input}, y{M, N, grad_output};
   const bool x32 = takes_float<T, W>(input);
   const int64_t splits = partial ? partial->size(0) : 1;
-  return {x32 ? nullptr : fresh<T>(grad_input, "grad_input", {M, K}),
+  return {x32 ? nullptr : fresh<T>(grad_input, "grad_input", x),
           fresh<W>(grad_weight, "grad_weight", {N, K}),
           pointer<W>(grad_bias, "grad_bias", {N}),
-          pointer<const T>(grad_output, "grad_output", {M, N}),
-          pointer<const T>(preact, "preact", {M, N}),
-          x32 ? nullptr : pointer<const T>(input, "input", {M, K}),
+          pointer<const T>(grad_output, "grad_output", y),
+          pointer<const T>(preact, "preact", y),
+          x32 ? nullptr : pointer<const T>(input, "input", x),
           pointer<const W>(weight, "weight", {N, K}),
           M,
           N,
           K,
           int(activation),
-          x32 ? nullptr : pointer<const T>(add, "add", {M, K}),
-          fresh<T>(output, "output", {M, N}),
-          x32 ? pointer<const float>(input, "input", {M, K}) : nullptr,
-          x32 ? fresh<float>(grad_input, "grad_input", {M, K}) : nullptr,
-          x32 ? pointer<const float>(add, "add", {M, K}) : nullptr,
+          x32 ? nullptr : pointer<const T>(add, "add", x),
+          fresh<T>(output, "output", y),
+          x32 ? pointer<const float>(input, "input", x) : nullptr,
+          x32 ? fresh<float>(grad_input, "grad_input", x) : nullptr,
+          x32 ? pointer<const float>(add, "add", x) : nullptr,
           pointer<const T>(low_weight, "low_weight", {N, K}),
           pointer<T>(grad_preact, "grad_preact", {M, N}),
           pointer<float>(partial, "partial", {splits, N * K + N}),
           splits,
-          pointer<const T>(input_preact, "input_preact", {M, K}),
-          pointer<T>(input_again, "input_again", {M, K}),
-          int(input_activation)};
+          pointer<const T>(input_preact, "input_preact", x),
+          pointer<T>(input_again, "input_again", x),
+          int(input_activation),
+          x.stride,
+          y.stride};
 }
 
 #ifdef FASTFT_WITH_CUDA

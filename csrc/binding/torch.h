@@ -85,6 +85,34 @@ T* pointer(const std::optional<Tensor>& tensor, const char* name, std::initializ
   return tensor ? pointer<T>(*tensor, name, shape) : nullptr;
 }
 
+// A matrix whose rows may lie further apart, on the CPU, than their elements take: like those of `model`.
+struct Matrix {
+  int64_t count, cols, stride;
+  Matrix(int64_t count, int64_t cols, const Tensor& model)
+      : count(count),
+        cols(cols),
+        stride(model.is_cpu() && model.dim() == 2 && !model.is_contiguous() ? model.stride(0) : cols) {
+    if (stride < cols) refuse("a matrix", "has rows that overlap");
+  }
+};
+template <class T>
+T* pointer(const Tensor& tensor, const char* name, const Matrix& rows) {
+  if (rows.stride == rows.cols) return pointer<T>(tensor, name, {rows.count, rows.cols});
+  if (tensor.scalar_type() != DtypeOf<std::remove_const_t<T>>::value) refuse(name, "has the wrong dtype");
+  if (tensor.dim() != 2 || tensor.size(0) != rows.count || tensor.size(1) != rows.cols)
+    refuse(name, "has the wrong size");
+  need_on(device_of_op, tensor, name);
+  if (tensor.stride(0) != rows.stride || (tensor.stride(1) != 1 && rows.cols > 1)) refuse(name, "has other strides");
+  if constexpr (std::is_const_v<T>)
+    return static_cast<T*>(tensor.const_data_ptr());
+  else
+    return static_cast<T*>(tensor.mutable_data_ptr());
+}
+template <class T>
+T* pointer(const std::optional<Tensor>& tensor, const char* name, const Matrix& rows) {
+  return tensor ? pointer<T>(*tensor, name, rows) : nullptr;
+}
+
 // For what a kernel on the CPU writes whole: huge pages where the memory is new, since a page fault costs more than the 4 KB it brings.
 void advise_huge_pages(void* data, size_t bytes);
 
@@ -97,6 +125,17 @@ T* fresh(const Tensor& tensor, const char* name, std::initializer_list<int64_t> 
 template <class T>
 T* fresh(const std::optional<Tensor>& tensor, const char* name, std::initializer_list<int64_t> shape) {
   return tensor ? fresh<T>(*tensor, name, shape) : nullptr;
+}
+template <class T>
+T* fresh(const Tensor& tensor, const char* name, const Matrix& rows) {
+  T* const data = pointer<T>(tensor, name, rows);
+  if (tensor.is_cpu() && rows.count > 0)
+    advise_huge_pages(data, sizeof(T) * size_t((rows.count - 1) * rows.stride + rows.cols));
+  return data;
+}
+template <class T>
+T* fresh(const std::optional<Tensor>& tensor, const char* name, const Matrix& rows) {
+  return tensor ? fresh<T>(*tensor, name, rows) : nullptr;
 }
 
 // Two types as a value: with_dtypes calls body(Types<T, W>{}) for the dtypes of activations and parameters.

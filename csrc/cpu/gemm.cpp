@@ -23,15 +23,13 @@ void copy_rows(typename Tile::Unit* out, Operand<T> a, int64_t K, int64_t row, i
     copy_units<Tile>(out + i * kCopyStride, a.data + (row + i) * a.stride + from * P, elements);
 }
 
-// Whether whole tiles can take their rows of A from where they lie: units as they are, of which no more than 7 lines share one of L1's sets of 8 (4096 bytes
-// to a way). Copying them costs 2 to 4 % of the product, of 64 rows of bf16 as much as 20.
+// Whether whole tiles can take their rows of A from where they lie: units as they are, that do not share L1's sets. Copying
+// them costs 2 to 5 % of the product, of 64 rows of bf16 as much as 20.
 template <class Tile, class T>
 bool readable_in_place(Operand<T> a, int64_t K) {
   if (a.depth_major || sizeof(T) * Tile::kPair != sizeof(typename Tile::Unit) || (K | a.stride) % Tile::kPair)
     return false;
-  const int64_t bytes = a.stride * int64_t(sizeof(T)),
-                aliasing = bytes & -bytes;  // 4096 / aliasing rows differ in their sets
-  return aliasing * kTileRows <= 7 * 4096;
+  return !rows_share_sets(a.stride * int64_t(sizeof(T)));
 }
 
 // Asks for part `slice` of `slices` of a task's rows of A, units [from, to) of depth, as far as there are any: needed when

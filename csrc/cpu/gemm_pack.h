@@ -12,6 +12,13 @@ struct Operand {
   bool depth_major;  // false: depth is contiguous (x, and w in the forward); true: the outer dimension is
 };
 
+// Whether of a tile's rows so many bytes apart more than 7 lines share one of L1's sets of 8 (4096 bytes to a way): 4096 /
+// aliasing rows differ in their sets.
+constexpr bool rows_share_sets(int64_t bytes) {
+  const int64_t aliasing = bytes & -bytes;
+  return aliasing * kTileRows > 7 * 4096;
+}
+
 // The tile that multiplies activations of dtype T (with parameters of either dtype, which are converted when packed).
 template <class T>
 struct TileFor {

@@ -19,12 +19,12 @@ namespace {
 
 // Rows that an epilogue reads, or writes and does not stream.
 template <class T>
-Touched touched(T* data, int64_t cols) {
-  return {const_cast<std::remove_const_t<T>*>(data), cols * int64_t(sizeof(T)), int(sizeof(T))};
+Touched touched(T* data, int64_t stride) {
+  return {const_cast<std::remove_const_t<T>*>(data), stride * int64_t(sizeof(T)), int(sizeof(T))};
 }
 template <class T>
-Touched written(T* data, int64_t cols, bool past_caches) {
-  return touched(past_caches ? nullptr : data, cols);
+Touched written(T* data, int64_t stride, bool past_caches) {
+  return touched(past_caches ? nullptr : data, stride);
 }
 
 template <class T, int kActivation>
@@ -33,7 +33,7 @@ struct ForwardEpilogue {
   T* const y;
   T* const z;             // or null
   const Acc* const bias;  // (N + kTileCols): tiles are whole; zeros where there is none
-  const int64_t N;
+  const int64_t stride;
   const bool past_caches;
 
   static void run(const void* context, const Acc* tile, int64_t row, int64_t col, int rows, int cols) {
@@ -44,7 +44,7 @@ struct ForwardEpilogue {
     const bool past_caches = p.past_caches && whole && col * int64_t(sizeof(T)) % kVectorBytes == 0;
     T y_buffer[kCols], z_buffer[kCols];
     for (int i = 0; i < rows; ++i) {
-      const int64_t at = (row + i) * p.N + col;
+      const int64_t at = (row + i) * p.stride + col;
       Vec<Acc> v[kTileVecs];
 #pragma GCC unroll 2
       for (int j = 0; j < kTileVecs; ++j) v[j] = load(tile + i * kCols + j * L) + load(p.bias + col + j * L);
@@ -168,31 +168,39 @@ __attribute__((noinline)) void activation_row(T* y, const T* z, int64_t N) {
   for (int64_t j = 0; j < N; j += kLanes<Acc>) store(y + j, Act<kActivation>::template f<kRough<T>>(load(z + j)));
 }
 
+// Matrices whose rows lie further apart than their elements take.
+struct Strides {
+  int64_t dz, y;  // y: of y, dy and z
+};
+
 // dz and the sums of its columns over each kSumRows rows (chunks, N), in one pass, and y = act(z) again. dz is null for
 // the identity, sums and y where nobody wants them.
 template <int kActivation, class T>
-void grad_preact(T* dz, Compute<T>* sums, T* y, const T* dy, const T* z, int64_t M, int64_t N, const Host& host) {
+void grad_preact(T* dz, Compute<T>* sums, T* y, const T* dy, const T* z, int64_t M, int64_t N, Strides stride,
+                 const Host& host) {
   using Acc = Compute<T>;
   constexpr int L = kLanes<Acc>;
   const int64_t whole = N / L * L, rest = N - whole;
-  const bool past_caches = streams(dz, M, N);
+  const bool past_caches = streams(dz, M, stride.dz) && streams(dz, M, N);
   parallel_for(host, ceil_div(M, kSumRows), [&](int64_t chunk, int) {
     const int64_t begin = chunk * kSumRows, end = begin + kSumRows < M ? begin + kSumRows : M;
     Acc* const sum = sums ? sums + chunk * N : nullptr;
     T dz_rest[L], y_rest[L], dy_rest[L] = {}, z_rest[L] = {};  // the last columns, padded to a register
     Acc sum_rest[L];
-    for (int64_t i = begin, at = begin * N; i < end; ++i, at += N) {
-      grad_preact_row<kActivation>(dz ? dz + at : nullptr, sum, dy + at, z ? z + at : nullptr, whole, i == begin,
-                                   past_caches);
-      if (y) activation_row<kActivation>(y + at, z + at, whole);
+    for (int64_t i = begin; i < end; ++i) {
+      T* const dz_row = dz ? dz + i * stride.dz : nullptr;
+      T* const y_row = y ? y + i * stride.y : nullptr;
+      const T *const dy_row = dy + i * stride.y, *const z_row = z ? z + i * stride.y : nullptr;
+      grad_preact_row<kActivation>(dz_row, sum, dy_row, z_row, whole, i == begin, past_caches);
+      if (y) activation_row<kActivation>(y_row, z_row, whole);
       if (!rest) continue;
-      std::memcpy(dy_rest, dy + at + whole, size_t(rest) * sizeof(T));
-      if (z) std::memcpy(z_rest, z + at + whole, size_t(rest) * sizeof(T));
+      std::memcpy(dy_rest, dy_row + whole, size_t(rest) * sizeof(T));
+      if (z) std::memcpy(z_rest, z_row + whole, size_t(rest) * sizeof(T));
       grad_preact_row<kActivation>(dz_rest, sum_rest, dy_rest, z_rest, L, i == begin, false);
-      if (dz) std::memcpy(dz + at + whole, dz_rest, size_t(rest) * sizeof(T));
+      if (dz) std::memcpy(dz_row + whole, dz_rest, size_t(rest) * sizeof(T));
       if (!y) continue;
       activation_row<kActivation>(y_rest, z_rest, L);
-      std::memcpy(y + at + whole, y_rest, size_t(rest) * sizeof(T));
+      std::memcpy(y_row + whole, y_rest, size_t(rest) * sizeof(T));
     }
     if (past_caches) streamed();
     if (rest && sum) std::memcpy(sum + whole, sum_rest, size_t(rest) * sizeof(Acc));
@@ -218,15 +226,17 @@ template <class T, class W>
 void linear_act_forward(const LinearActForward<T, W>& p, const Host& host) {
   using Acc = Compute<T>;
   constexpr int kCols = kTileCols<typename TileFor<T>::type>;
+  const int64_t x_stride = p.x_stride ? p.x_stride : p.K, y_stride = p.y_stride ? p.y_stride : p.N;
   const int64_t padded = p.N + kCols;  // to whole tiles, wherever they begin
   Acc* const bias = scratch<Acc>(host, padded);
   for (int64_t j = 0; j < padded; ++j) bias[j] = p.b && j < p.N ? to_float(p.b[j]) : Acc(0);
   dispatch_activation(p.activation, [&](auto activation) {
-    const bool past_caches = streams(p.y, p.M, p.N) && (!p.z || streams(p.z, p.M, p.N));
-    const ForwardEpilogue<T, activation.value> epilogue{p.y, p.z, bias, p.N, past_caches};
+    const bool past_caches = streams(p.y, p.M, y_stride) && (!p.z || streams(p.z, p.M, y_stride));
+    const ForwardEpilogue<T, activation.value> epilogue{p.y, p.z, bias, y_stride, past_caches};
     with_input<T, W>(p, [&](const auto* x) {
-      gemm<T>(p.M, p.N, p.K, operand(x, p.K, false), Operand<W>{p.w, p.K, false},
-              {&epilogue.run, &epilogue, {written(p.y, p.N, past_caches), written(p.z, p.N, past_caches)}}, host);
+      gemm<T>(p.M, p.N, p.K, operand(x, x_stride, false), Operand<W>{p.w, p.K, false},
+              {&epilogue.run, &epilogue, {written(p.y, y_stride, past_caches), written(p.z, y_stride, past_caches)}},
+              host);
     });
   });
 }
@@ -235,26 +245,32 @@ template <class T, class W>
 void linear_act_backward(const LinearActBackward<T, W>& p, const Host& host) {
   using Acc = Compute<T>;
   const int64_t chunks = ceil_div(p.M, kSumRows);
+  const int64_t x_stride = p.x_stride ? p.x_stride : p.K, y_stride = p.y_stride ? p.y_stride : p.N;
+  const bool makes = p.activation != kIdentity;
+  const int64_t dz_stride = !makes                                      ? y_stride
+                            : rows_share_sets(p.N * int64_t(sizeof(T))) ? p.N + 64 / int64_t(sizeof(T))
+                                                                        : p.N;
   Acc* const sums = p.db ? scratch<Acc>(host, chunks * p.N) : nullptr;
-  T* const made = p.activation == kIdentity ? nullptr : scratch<T>(host, p.M * p.N);
+  T* const made = makes ? scratch<T>(host, p.M * dz_stride) : nullptr;
   const T* const dz = made ? made : p.dy;
   if (made || sums)
     dispatch_activation(p.activation, [&](auto activation) {
-      grad_preact<activation.value, T>(made, sums, made ? p.y : nullptr, p.dy, p.z, p.M, p.N, host);
+      grad_preact<activation.value, T>(made, sums, made ? p.y : nullptr, p.dy, p.z, p.M, p.N, {dz_stride, y_stride},
+                                       host);
     });
   if (p.db) add_up(p.db, sums, chunks, p.N, p.N, host);
   const auto grad_input = [&](auto* dx, const auto* add) {
     using Out = std::remove_pointer_t<decltype(dx)>;
-    const StoreEpilogue<T, Out> epilogue{dx, add, p.K, streams(dx, p.M, p.K)};
-    gemm<T>(p.M, p.K, p.N, Operand<T>{dz, p.N, false}, Operand<W>{p.w, p.K, true},
-            {&epilogue.run, &epilogue, {written(dx, p.K, epilogue.past_caches), {}}}, host);
+    const StoreEpilogue<T, Out> epilogue{dx, add, x_stride, streams(dx, p.M, x_stride)};
+    gemm<T>(p.M, p.K, p.N, Operand<T>{dz, dz_stride, false}, Operand<W>{p.w, p.K, true},
+            {&epilogue.run, &epilogue, {written(dx, x_stride, epilogue.past_caches), {}}}, host);
   };
   if (p.x_preact) {
     dispatch_activation(p.x_activation, [&](auto activation) {
-      const bool past_caches = streams(p.dx, p.M, p.K) && (!p.x_again || streams(p.x_again, p.M, p.K));
-      const ThroughEpilogue<T, activation.value> epilogue{p.dx, p.x_again, p.x_preact, p.K, past_caches};
-      gemm<T>(p.M, p.K, p.N, Operand<T>{dz, p.N, false}, Operand<W>{p.w, p.K, true},
-              {&epilogue.run, &epilogue, {written(p.dx, p.K, past_caches), touched(p.x_preact, p.K)}}, host);
+      const bool past_caches = streams(p.dx, p.M, x_stride) && (!p.x_again || streams(p.x_again, p.M, x_stride));
+      const ThroughEpilogue<T, activation.value> epilogue{p.dx, p.x_again, p.x_preact, x_stride, past_caches};
+      gemm<T>(p.M, p.K, p.N, Operand<T>{dz, dz_stride, false}, Operand<W>{p.w, p.K, true},
+              {&epilogue.run, &epilogue, {written(p.dx, x_stride, past_caches), touched(p.x_preact, x_stride)}}, host);
     });
   } else if (p.dx) {
     grad_input(p.dx, p.add);
@@ -264,7 +280,7 @@ void linear_act_backward(const LinearActBackward<T, W>& p, const Host& host) {
   if (p.dw) {
     const StoreEpilogue<T, W> epilogue{p.dw, nullptr, p.K, streams(p.dw, p.N, p.K)};
     with_input<T, W>(p, [&](const auto* x) {
-      gemm<T>(p.N, p.K, p.M, Operand<T>{dz, p.N, true}, operand(x, p.K, true),
+      gemm<T>(p.N, p.K, p.M, Operand<T>{dz, dz_stride, true}, operand(x, x_stride, true),
               {&epilogue.run, &epilogue, {written(p.dw, p.K, epilogue.past_caches), {}}}, host);
     });
   }

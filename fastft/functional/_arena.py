@@ -16,6 +16,7 @@ import weakref
 import torch
 
 LEAST = 1 << 20  # bytes; below, PyTorch's allocator is fast enough
+APART = 1 << 12  # bytes from one row to the next
 
 
 # Gradients of weights come back all at once, when the step is over, and activations would take their blocks to pieces.
@@ -48,6 +49,21 @@ def empty_like(tensor, dtype=None, kind=ACTIVATION):
     if tensor.numel() * tensor.itemsize < LEAST and dtype in (None, tensor.dtype) and tensor.is_contiguous():
         return torch.empty_like(tensor)  # in half the time
     return empty(tensor.shape, dtype or tensor.dtype, tensor, kind)
+
+
+def empty_rows(rows, cols, dtype, like):
+    """``(rows, cols)`` for ops in a row: a view, with 64 bytes between rows that would share their place in L1, where a
+    product of them would have to copy them first."""
+    count = cols * dtype.itemsize
+    if count % APART or not like.is_cpu or torch.compiler.is_compiling():
+        return empty((rows, cols), dtype, like)
+    return empty((rows, cols + 64 // dtype.itemsize), dtype, like)[:, :cols]
+
+
+def has_rows_apart(tensor):
+    """Whether this is one with a gap, as :func:`empty_rows` makes them."""
+    cols, size = tensor.shape[1], tensor.itemsize
+    return tensor.is_cpu and cols * size % APART == 0 and tensor.stride() == (cols + 64 // size, 1)
 
 
 def _usable(like):

@@ -306,7 +306,9 @@ class _Run(NamedTuple):
         o = self.feed_forward
         index = activations.index(o.activation)
         keep_preact = keep and self.memory == "fast"
-        inner, preact = linear_forward(self._rounded(x), p.inner_weight, p.inner_bias, index, self.dtype, keep_preact)
+        inner, preact = linear_forward(
+            *(self._rounded(x), p.inner_weight, p.inner_bias, index, self.dtype, keep_preact), apart=True
+        )
         mixed = self._linear(inner, p.output_weight, p.output_bias)
         dropout = _drop(seed, o.output_dropout, OUTPUT)
         y, *norm = norm_forward(mixed, x, p.norm_weight, p.norm_bias, o.eps, dropout, keep)
@@ -316,13 +318,14 @@ class _Run(NamedTuple):
         o, (preact, *norm) = self.feed_forward, kept
         spent = spent or preact is None
         if preact is None:
-            preact = self._linear(x, p.inner_weight, p.inner_bias)
+            preact = self._linear(x, p.inner_weight, p.inner_bias, apart=True)
         grad_mixed, grad_x, grad_norm_weight, grad_norm_bias = norm_backward(
             *(norm, _drop(seed, o.output_dropout, OUTPUT)),
             *((True, wants_x, wanted.norm_weight, wanted.norm_bias), grad),
             *(preact, None, p.norm_weight, p.norm_bias),  # preact: of the dtype of what was normalised
         )
-        inner, index = preact if spent else _arena.empty_like(preact), activations.index(o.activation)
+        inner = preact if spent else _arena.empty_rows(*preact.shape, preact.dtype, preact)
+        index = activations.index(o.activation)
         # The pre-activation stands in for the activation, of which this product needs the shape only.
         to_inner = 0, None, (True, False, False), grad_mixed, preact, p.output_weight, None
         if goes_through_activation(grad_mixed, p.output_weight):
@@ -346,8 +349,8 @@ class _Run(NamedTuple):
 
     # ---- products
 
-    def _linear(self, x, weight, bias):
-        return linear_forward(self._rounded(x), weight, bias, 0, self.dtype, keep=False)[0]
+    def _linear(self, x, weight, bias, apart=False):
+        return linear_forward(self._rounded(x), weight, bias, 0, self.dtype, False, apart)[0]
 
     def _linear_backward(
         self, wants_x, wants_weight, wants_bias, grad, x, weight, bias, add, activation=0, preact=None, output=None

@@ -155,21 +155,28 @@ def _count_rows(tensor):
 
 
 def _rows(tensor, size):
-    if tensor.ndim == 2 and tensor.is_contiguous():
+    if tensor.ndim == 2 and (tensor.is_contiguous() or _arena.has_rows_apart(tensor)):
         return tensor
     return tensor.reshape(_count_rows(tensor), size).contiguous()
 
 
-def forward(input, weight, bias, activation, dtype, keep):
-    """The output, and the pre-activation if the backward will need it."""
+def _like(rows):
+    return _arena.empty_rows(*rows.shape, rows.dtype, rows) if not rows.is_contiguous() else _arena.empty_like(rows)
+
+
+def forward(input, weight, bias, activation, dtype, keep, apart=False):
+    """The output, and the pre-activation if the backward will need it; ``apart``: only products of ours take them."""
     N, K = weight.shape
     rows = _rows(input, K)
     if _multiplied_by_torch(rows, dtype, keep, N):
         output, preact = _forward_around_torch(rows, weight, bias, activation, dtype)
         return output.view(*input.shape[:-1], N), preact if keep and activation else None
-    # No view of another tensor: callers may change it in place.
-    output = _arena.empty((*input.shape[:-1], N), dtype, input)
-    preact = _arena.empty((rows.shape[0], N), dtype, input) if keep and activation else None
+    if apart:
+        output = _arena.empty_rows(len(rows), N, dtype, input)
+        preact = _arena.empty_rows(len(rows), N, dtype, input) if keep and activation else None
+    else:  # no view of another tensor: callers may change it in place
+        output = _arena.empty((*input.shape[:-1], N), dtype, input)
+        preact = _arena.empty((len(rows), N), dtype, input) if keep and activation else None
     torch.ops.fastft.linear_act_forward(
         output if output.ndim == 2 else output.view(rows.shape[0], N),
         preact,
@@ -192,7 +199,7 @@ def backward(activation, preact, wanted, grad_output, input, weight, bias, add=N
     rows, grads = _rows(input, K), _rows(grad_output, N)
     if _multiplied_by_torch(grads, grads.dtype, True, N, K):
         return _backward_around_torch(activation, preact, wanted, grads, rows, weight, bias, add, output, input.shape)
-    grad_input = _arena.empty_like(rows) if wanted[0] else None
+    grad_input = _like(rows) if wanted[0] else None
     grad_weight = _arena.empty_like(weight, kind=_arena.GRADIENT) if wanted[1] else None
     grad_bias = bias.new_empty(N) if wanted[2] else None
     torch.ops.fastft.linear_act_backward(

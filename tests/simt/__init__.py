@@ -56,13 +56,16 @@ WATCHED = {
 HALF = (torch.bfloat16, torch.float16)
 
 
+DENSE = 0, 0  # strides, which the CPU's kernels alone look at
+
+
 # ---- what csrc/binding does: arguments of an op -> tensors of dtypes T and W, fields of the kernel's argument struct
 
 
 def linear_act_forward(y, z, x, w, b, activation, low=None):
     if x.dtype in HALF:  # Python makes this for CUDA tensors only, and so for the backward
         low = w.to(x.dtype)
-    return (x, w), (y, z, x, w, b, len(x), *w.shape, activation, None, low)
+    return (x, w), (y, z, x, w, b, len(x), *w.shape, activation, None, low, *DENSE)
 
 
 def linear_act_backward(
@@ -73,7 +76,8 @@ def linear_act_backward(
         low = w.to(dy.dtype) if dy.dtype in HALF else None
     tensors, sizes = (dx, dw, db, dy, z, x, w), (len(x), *w.shape, activation)
     parts = 1 if partial is None else len(partial)
-    return (x, w), (*tensors, *sizes, add, y, None, None, None, low, dz, partial, parts, *(through or (None, None, 0)))
+    through = through or (None, None, 0)
+    return (x, w), (*tensors, *sizes, add, y, None, None, None, low, dz, partial, parts, *through, *DENSE)
 
 
 def cross_entropy_forward(loss, stats, divisor, row_loss, x, target, w, *options):
