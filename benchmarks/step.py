@@ -10,6 +10,7 @@ the command for each). With --parts: where the time goes, each part beside its o
 """
 
 import argparse
+import gc
 import sys
 from dataclasses import asdict
 
@@ -53,6 +54,7 @@ def main() -> int:
     measure = _parts if options.parts else _measure
     for cell in cells.chosen(options, SIZES, options.padding or cells.PADDING):
         measured += measure(cell, providers, peaks, options)
+        gc.collect()  # models that are in a cycle, several GB
     if not options.parts:
         return cells.publish("step", measured, peaks, options)
     peaks.finish()

@@ -17,6 +17,7 @@ import torch
 
 LEAST = 1 << 20  # bytes; below, PyTorch's allocator is fast enough
 APART = 1 << 12  # bytes from one row to the next
+HUGE = 2 << 20  # bytes of a page
 
 
 # Gradients of weights come back all at once, when the step is over, and activations would take their blocks to pieces.
@@ -85,7 +86,7 @@ class Arena:
 
     def take(self, size):
         """At least ``size`` bytes, as a memoryview; they come back when it is gone."""
-        size = _rounded(size)
+        asked, size = size, _rounded(size)
         with self._lock:
             while self._returned:
                 self._idle.append(self._returned.popleft())
@@ -97,7 +98,7 @@ class Arena:
             else:
                 while self._idle and self._bytes + size > self._most * 17 // 16:
                     self._bytes -= len(self._idle.pop(0))
-                block = _mapped(size)
+                block = _mapped(size, asked)
                 self._bytes += size
         memory = memoryview(block)
         reference = weakref.ref(memory, self._give_back)
@@ -115,10 +116,11 @@ def _rounded(size):
     return -(-size // step) * step
 
 
-def _mapped(size):
+def _mapped(size, asked):
+    """In huge pages as far as what is asked for fills them."""
     block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        block.madvise(mmap.MADV_HUGEPAGE)
+    if hasattr(mmap, "MADV_HUGEPAGE") and asked >= HUGE:
+        block.madvise(mmap.MADV_HUGEPAGE, 0, asked // HUGE * HUGE)
     return block
 
 
