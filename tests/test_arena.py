@@ -100,7 +100,7 @@ def test_small_blocks_that_come_beside_a_large_one_do_not_have_it_mapped_anew(ar
 
 
 def test_without_memory_the_error_is_pytorchs(monkeypatch):
-    def fails(size):
+    def fails(size, asked):
         raise OSError("no memory")
 
     monkeypatch.setattr(_arena, "_mapped", fails)
