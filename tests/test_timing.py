@@ -2,10 +2,12 @@
 
 import argparse
 import dataclasses
+import gc
 import json
 import subprocess
 import sys
 import time
+import weakref
 
 import pytest
 import torch
@@ -53,8 +55,6 @@ def test_a_ratio_is_taken_round_by_round():
 
 
 def test_garbage_collection_is_on_again_after_an_exception():
-    import gc
-
     with pytest.raises(ZeroDivisionError):
         compare({"broken": lambda: 1 / 0})
     assert gc.isenabled()
@@ -165,6 +165,17 @@ def test_memory_kept_for_the_backward_is_the_output_and_what_autograd_saved():
     assert kept_for_backward(lambda: x.sin(), [x]) == 4000  # saves x, which is the caller's
     assert kept_for_backward(lambda: x.sin().cos(), [x]) == 8000  # saves sin(x)
     assert kept_for_backward(lambda: x.exp(), [x]) == 4000  # saves its output
+
+
+def test_what_was_counted_does_not_stay():
+    def counted():
+        x = torch.ones(1000, requires_grad=True)
+        kept_for_backward(lambda: x.sin().exp(), [x])
+        return weakref.ref(x)
+
+    gone = counted()
+    gc.collect()
+    assert gone() is None
 
 
 # ---- benchmarks

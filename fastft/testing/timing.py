@@ -290,7 +290,7 @@ def kept_for_backward(forward: Callable[[], torch.Tensor], inputs: Iterable[torc
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()  # held, so that no other gets its address
         storages[storage.data_ptr()] = storage
-        return tensor
+        return tensor.detach()  # an output that its own node saves would keep the whole graph for ever
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         keep(forward())
