@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import importlib.util
 import random
 import sys
 from collections.abc import Callable, Sequence
@@ -113,6 +114,14 @@ def chosen(options: argparse.Namespace, sizes: dict[str, Sequence[str]], padding
             for pattern in padding:
                 for dtype in options.dtype or DTYPES:
                     yield Cell(model, *map(int, size.split("x")), dtype, pattern)
+
+
+def installed(*modules: str) -> bool:
+    """Whether all of these can be imported."""
+    try:
+        return all(importlib.util.find_spec(module) for module in modules)
+    except ModuleNotFoundError:  # not even the package around one
+        return False
 
 
 def publish(

@@ -7,7 +7,6 @@ each in an environment of its own beside fastft. The model has the same sizes, r
 norm 1 and AdamW. They use as many threads as the process has cores (ONNX Runtime as many as torch).
 """
 
-import importlib.util
 import os
 import tempfile
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import cells
 from benchmarks.cells import Cell
 
 KERAS, ONNX = "keras-hub on JAX", "ONNX Runtime"
@@ -24,19 +24,12 @@ DTYPES = {KERAS: ("float32", "bfloat16"), ONNX: ("float32",)}
 
 def installed(cell: Cell) -> list[str]:
     """Names of those that can train the cell."""
-    return [name for name, needs in NEEDS.items() if cell.dtype in DTYPES[name] and all(map(_found, needs))]
+    return [name for name, needs in NEEDS.items() if cell.dtype in DTYPES[name] and cells.installed(*needs)]
 
 
 def step(name: str, cell: Cell) -> Callable[[], object]:
     """A training step of the cell by one of :func:`installed`."""
     return {KERAS: _keras, ONNX: _onnx}[name](cell)
-
-
-def _found(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # not even the package around it
-        return False
 
 
 def _keras(cell: Cell) -> Callable[[], object]:
@@ -68,15 +61,6 @@ def _keras(cell: Cell) -> Callable[[], object]:
     return lambda: model.train_on_batch(given, batch["labels"])
 
 
-class _Logits(torch.nn.Module):
-    def __init__(self, model: torch.nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        return self.model(input_ids=input_ids, attention_mask=attention_mask).logits
-
-
 def _onnx(cell: Cell) -> Callable[[], object]:
     import onnx
     import onnxruntime
@@ -84,13 +68,13 @@ def _onnx(cell: Cell) -> Callable[[], object]:
     from onnxruntime.training.api import CheckpointState, Module, Optimizer
 
     batch = {name: tensor.as_subclass(torch.Tensor) for name, tensor in cell.tensors().items()}
-    inputs, classifier = (batch["input_ids"], batch["attention_mask"]), cell.classifier()
-    classifier.config._attn_implementation = "eager"  # what this exporter knows
+    inputs, model = (batch["input_ids"], batch["attention_mask"]), cell.classifier().train()
+    model.config._attn_implementation = "eager"  # what this exporter knows
+    model.config.return_dict = False
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
-        model = _Logits(classifier.train())
         torch.onnx.export(
             *(model, inputs, str(file)),
             input_names=["input_ids", "attention_mask"],

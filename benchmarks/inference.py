@@ -6,7 +6,6 @@ weights that were converted to bfloat16. ONNX Runtime needs `pip install onnxrun
 """
 
 import argparse
-import importlib.util
 import logging
 import sys
 import tempfile
@@ -55,7 +54,7 @@ def _measure(cell: Cell, peaks: Peaks, options: argparse.Namespace) -> list[tupl
             f"{STOCK}{CONVERTED}": _pytorch(cell, False, options.device, converted=True),
             f"{FASTFT}{CONVERTED}": _pytorch(cell, True, options.device, converted=True),
         }
-    elif options.device == "cpu" and all(map(importlib.util.find_spec, PACKAGES)):
+    elif options.device == "cpu" and cells.installed(*PACKAGES):
         runs[ONNX] = _onnx(cell)
     times = compare(runs, rounds=options.rounds, peaks=peaks, device=options.device)
     rows = []

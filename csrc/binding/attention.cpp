@@ -41,10 +41,9 @@ struct Rows {
 
   Rows(const std::optional<Tensor>& tensor, const char* name, const Sizes& s, bool of_queries) {
     if (!tensor) return;
-    need_on(device_of_op, *tensor, name);
+    data = data_of<T>(*tensor, name);
     const bool packed = of_queries ? s.cu_q : s.cu_k;
     const int64_t tokens = of_queries ? s.q_tokens : s.k_tokens, S = of_queries ? s.Sq : s.Sk;
-    if (tensor->scalar_type() != DtypeOf<std::remove_const_t<T>>::value) refuse(name, "has the wrong dtype");
     const bool fits =
         packed ? tensor->dim() == 3 && tensor->size(0) == tokens && tensor->size(1) == s.N && tensor->size(2) == s.D
                : tensor->dim() == 4 && tensor->size(0) == s.B && tensor->size(1) == s.N && tensor->size(2) == S &&
@@ -53,10 +52,6 @@ struct Rows {
     if (s.D > 1 && tensor->numel() > 0 && tensor->stride(packed ? 2 : 3) != 1)
       refuse(name, "is not contiguous in its last dimension");
     batch = packed ? 0 : tensor->stride(0), head = tensor->stride(1), token = tensor->stride(packed ? 0 : 2);
-    if constexpr (std::is_const_v<T>)
-      data = static_cast<T*>(tensor->const_data_ptr());
-    else
-      data = static_cast<T*>(tensor->mutable_data_ptr());
   }
 };
 

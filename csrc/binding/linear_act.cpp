@@ -15,7 +15,7 @@ LinearActForward<T, W> forward_args(const Tensor& output, const std::optional<Te
                                     const Tensor& weight, const std::optional<Tensor>& bias, int64_t activation,
                                     const std::optional<Tensor>& low_weight) {
   const int64_t N = weight.size(0), K = weight.size(1), M = input.size(0);
-  const Matrix x{M, K, input}, y{M, N, output};
+  const Shape x = Shape::rows_like(input, M, K), y = Shape::rows_like(output, M, N);
   const bool x32 = takes_float<T, W>(input);
   return {fresh<T>(output, "output", y),
           fresh<T>(preact, "preact", y),
@@ -43,7 +43,7 @@ LinearActBackward<T, W> backward_args(const std::optional<Tensor>& grad_input, c
                                       const std::optional<Tensor>& input_again, int64_t input_activation) {
   const int64_t N = weight.size(0), K = weight.size(1), M = input.size(0);
   if (activation != 0 && !preact) refuse("preact", "is missing");
-  const Matrix x{M, K, input}, y{M, N, grad_output};
+  const Shape x = Shape::rows_like(input, M, K), y = Shape::rows_like(grad_output, M, N);
   const bool x32 = takes_float<T, W>(input);
   const int64_t splits = partial ? partial->size(0) : 1;
   return {x32 ? nullptr : fresh<T>(grad_input, "grad_input", x),

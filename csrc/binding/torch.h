@@ -63,79 +63,64 @@ inline void need_on(int32_t device, const Tensor& tensor, const char* name) {
   if (!there) refuse(name, "is on another device");
 }
 
-// The pointer of a dense tensor there, of exactly this dtype and number of elements. An empty tensor's may be null.
+// The pointer of a tensor there, of exactly this dtype. An empty tensor's may be null.
 template <class T>
-T* pointer(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape,
-           int32_t device = device_of_op) {
-  using Stored = std::remove_const_t<T>;
-  int64_t numel = 1;
-  for (int64_t size : shape) numel *= size;
-  if (tensor.scalar_type() != DtypeOf<Stored>::value) refuse(name, "has the wrong dtype");
-  if (tensor.numel() != numel) refuse(name, "has the wrong size");
-  need_on(device, tensor, name);
-  if (!tensor.is_contiguous()) refuse(name, "is not contiguous");
-  if constexpr (std::is_const_v<T>)
-    return static_cast<T*>(tensor.const_data_ptr());
-  else
-    return static_cast<T*>(tensor.mutable_data_ptr());
-}
-
-template <class T>
-T* pointer(const std::optional<Tensor>& tensor, const char* name, std::initializer_list<int64_t> shape) {
-  return tensor ? pointer<T>(*tensor, name, shape) : nullptr;
-}
-
-// A matrix whose rows may lie further apart, on the CPU, than their elements take: like those of `model`.
-struct Matrix {
-  int64_t count, cols, stride;
-  Matrix(int64_t count, int64_t cols, const Tensor& model)
-      : count(count),
-        cols(cols),
-        stride(model.is_cpu() && model.dim() == 2 && !model.is_contiguous() ? model.stride(0) : cols) {
-    if (stride < cols) refuse("a matrix", "has rows that overlap");
-  }
-};
-template <class T>
-T* pointer(const Tensor& tensor, const char* name, const Matrix& rows) {
-  if (rows.stride == rows.cols) return pointer<T>(tensor, name, {rows.count, rows.cols});
+T* data_of(const Tensor& tensor, const char* name, int32_t device = device_of_op) {
   if (tensor.scalar_type() != DtypeOf<std::remove_const_t<T>>::value) refuse(name, "has the wrong dtype");
-  if (tensor.dim() != 2 || tensor.size(0) != rows.count || tensor.size(1) != rows.cols)
-    refuse(name, "has the wrong size");
-  need_on(device_of_op, tensor, name);
-  if (tensor.stride(0) != rows.stride || (tensor.stride(1) != 1 && rows.cols > 1)) refuse(name, "has other strides");
+  need_on(device, tensor, name);
   if constexpr (std::is_const_v<T>)
     return static_cast<T*>(tensor.const_data_ptr());
   else
     return static_cast<T*>(tensor.mutable_data_ptr());
 }
+
+// What a tensor must be: dense, of exactly so many elements; or a matrix whose rows lie further apart than those take.
+struct Shape {
+  int64_t numel = 1, cols = 0, stride = 0;  // stride: 0 where it is dense
+
+  Shape(std::initializer_list<int64_t> sizes) {
+    for (int64_t size : sizes) numel *= size;
+  }
+  // A matrix whose rows lie as those of `model`, on the CPU.
+  static Shape rows_like(const Tensor& model, int64_t rows, int64_t cols) {
+    Shape shape{rows, cols};
+    if (model.is_cpu() && model.dim() == 2 && !model.is_contiguous() && model.stride(0) > cols)
+      shape.cols = cols, shape.stride = model.stride(0);
+    return shape;
+  }
+  void need(const Tensor& tensor, const char* name) const {
+    if (tensor.numel() != numel) refuse(name, "has the wrong size");
+    if (stride == 0 && !tensor.is_contiguous()) refuse(name, "is not contiguous");
+    if (stride == 0) return;
+    if (tensor.dim() != 2 || tensor.size(1) != cols) refuse(name, "has the wrong size");
+    if (tensor.stride(0) != stride || (tensor.stride(1) != 1 && cols > 1)) refuse(name, "has other strides");
+  }
+  int64_t extent() const { return stride == 0 ? numel : (numel / cols - 1) * stride + cols; }
+};
+
 template <class T>
-T* pointer(const std::optional<Tensor>& tensor, const char* name, const Matrix& rows) {
-  return tensor ? pointer<T>(*tensor, name, rows) : nullptr;
+T* pointer(const Tensor& tensor, const char* name, const Shape& shape, int32_t device = device_of_op) {
+  T* const data = data_of<T>(tensor, name, device);
+  shape.need(tensor, name);
+  return data;
+}
+template <class T>
+T* pointer(const std::optional<Tensor>& tensor, const char* name, const Shape& shape) {
+  return tensor ? pointer<T>(*tensor, name, shape) : nullptr;
 }
 
 // For what a kernel on the CPU writes whole: huge pages where the memory is new, since a page fault costs more than the 4 KB it brings.
 void advise_huge_pages(void* data, size_t bytes);
 
 template <class T>
-T* fresh(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape) {
+T* fresh(const Tensor& tensor, const char* name, const Shape& shape) {
   T* const data = pointer<T>(tensor, name, shape);
-  if (tensor.is_cpu()) advise_huge_pages(data, sizeof(T) * size_t(tensor.numel()));
+  if (tensor.is_cpu()) advise_huge_pages(data, sizeof(T) * size_t(shape.extent()));
   return data;
 }
 template <class T>
-T* fresh(const std::optional<Tensor>& tensor, const char* name, std::initializer_list<int64_t> shape) {
+T* fresh(const std::optional<Tensor>& tensor, const char* name, const Shape& shape) {
   return tensor ? fresh<T>(*tensor, name, shape) : nullptr;
-}
-template <class T>
-T* fresh(const Tensor& tensor, const char* name, const Matrix& rows) {
-  T* const data = pointer<T>(tensor, name, rows);
-  if (tensor.is_cpu() && rows.count > 0)
-    advise_huge_pages(data, sizeof(T) * size_t((rows.count - 1) * rows.stride + rows.cols));
-  return data;
-}
-template <class T>
-T* fresh(const std::optional<Tensor>& tensor, const char* name, const Matrix& rows) {
-  return tensor ? fresh<T>(*tensor, name, rows) : nullptr;
 }
 
 // Two types as a value: with_dtypes calls body(Types<T, W>{}) for the dtypes of activations and parameters.

@@ -45,10 +45,8 @@ def predict(
             place.check(output, SUFFIXES, data=file)
         if texts and file is not None:
             raise ValueError(f"{len(texts)} TEXT and --file {file} are given: which of them is to be classified?")
-        for argument in texts or ():
-            if (
-                argument.lower().endswith(readers.SUFFIXES) and Path(argument).is_file()
-            ):  # evaluate takes it in that place
+        for argument in texts or ():  # evaluate takes a file in that place
+            if argument.lower().endswith(readers.SUFFIXES) and Path(argument).is_file():
                 raise ValueError(f"TEXT {argument!r} is a file: --file {argument} classifies the texts in it")
         if file is None and text is not None:
             raise ValueError(f"--text {text} names a column of --file, which is not given")

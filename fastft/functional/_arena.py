@@ -16,7 +16,7 @@ import weakref
 import torch
 
 LEAST = 1 << 20  # bytes; below, PyTorch's allocator is fast enough
-APART = 1 << 12  # bytes from one row to the next
+APART = 1 << 12  # rows a multiple of so many bytes apart share their place in L1
 HUGE = 2 << 20  # bytes of a page
 
 
@@ -53,18 +53,27 @@ def empty_like(tensor, dtype=None, kind=ACTIVATION):
 
 
 def empty_rows(rows, cols, dtype, like):
-    """``(rows, cols)`` for ops in a row: a view, with 64 bytes between rows that would share their place in L1, where a
-    product of them would have to copy them first."""
-    count = cols * dtype.itemsize
-    if count % APART or not like.is_cpu or torch.compiler.is_compiling():
-        return empty((rows, cols), dtype, like)
-    return empty((rows, cols + 64 // dtype.itemsize), dtype, like)[:, :cols]
+    """``(rows, cols)`` for ops in a row, which may be a view: a product of rows that share their place in L1 would have
+    to copy them first."""
+    dense = not like.is_cpu or torch.compiler.is_compiling()
+    stride = cols if dense else _row_stride(cols, dtype)
+    memory = empty((rows, stride), dtype, like)
+    return memory if stride == cols else memory[:, :cols]
+
+
+def rows_like(tensor):
+    """Of a tensor's shape and dtype, and with rows as far apart as it has them."""
+    return empty_like(tensor) if tensor.is_contiguous() else empty_rows(*tensor.shape, tensor.dtype, tensor)
 
 
 def has_rows_apart(tensor):
-    """Whether this is one with a gap, as :func:`empty_rows` makes them."""
-    cols, size = tensor.shape[1], tensor.itemsize
-    return tensor.is_cpu and cols * size % APART == 0 and tensor.stride() == (cols + 64 // size, 1)
+    """Whether rows lie as :func:`empty_rows` has them."""
+    return tensor.is_cpu and tensor.stride() == (_row_stride(tensor.shape[1], tensor.dtype), 1)
+
+
+def _row_stride(cols, dtype):
+    """Elements from one row to the next: 64 bytes further where rows would lie a multiple of 4096 apart."""
+    return cols if cols * dtype.itemsize % APART else cols + 64 // dtype.itemsize
 
 
 def _usable(like):

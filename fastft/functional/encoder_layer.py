@@ -324,8 +324,7 @@ class _Run(NamedTuple):
             *((True, wants_x, wanted.norm_weight, wanted.norm_bias), grad),
             *(preact, None, p.norm_weight, p.norm_bias),  # preact: of the dtype of what was normalised
         )
-        inner = preact if spent else _arena.empty_rows(*preact.shape, preact.dtype, preact)
-        index = activations.index(o.activation)
+        inner, index = preact if spent else _arena.rows_like(preact), activations.index(o.activation)
         # The pre-activation stands in for the activation, of which this product needs the shape only.
         to_inner = 0, None, (True, False, False), grad_mixed, preact, p.output_weight, None
         if goes_through_activation(grad_mixed, p.output_weight):

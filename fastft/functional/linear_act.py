@@ -160,10 +160,6 @@ def _rows(tensor, size):
     return tensor.reshape(_count_rows(tensor), size).contiguous()
 
 
-def _like(rows):
-    return _arena.empty_rows(*rows.shape, rows.dtype, rows) if not rows.is_contiguous() else _arena.empty_like(rows)
-
-
 def forward(input, weight, bias, activation, dtype, keep, apart=False):
     """The output, and the pre-activation if the backward will need it; ``apart``: only products of ours take them."""
     N, K = weight.shape
@@ -199,7 +195,7 @@ def backward(activation, preact, wanted, grad_output, input, weight, bias, add=N
     rows, grads = _rows(input, K), _rows(grad_output, N)
     if _multiplied_by_torch(grads, grads.dtype, True, N, K):
         return _backward_around_torch(activation, preact, wanted, grads, rows, weight, bias, add, output, input.shape)
-    grad_input = _like(rows) if wanted[0] else None
+    grad_input = _arena.rows_like(rows) if wanted[0] else None
     grad_weight = _arena.empty_like(weight, kind=_arena.GRADIENT) if wanted[1] else None
     grad_bias = bias.new_empty(N) if wanted[2] else None
     torch.ops.fastft.linear_act_backward(

@@ -105,8 +105,9 @@ def loading(name: str | os.PathLike) -> Iterator[None]:
     """Whatever transformers, tokenizers and safetensors raise about the checkpoint ``name``, in one sentence."""
     name, nowhere = str(name), ""
     if not os.path.isdir(name):
-        nowhere = "it is a file, not a folder" if os.path.isfile(name) else "there is no such folder"
-        if os.path.isfile(name) or not _ON_THE_HUB.fullmatch(name):
+        is_file = os.path.isfile(name)
+        nowhere = "it is a file, not a folder" if is_file else "there is no such folder"
+        if is_file or not _ON_THE_HUB.fullmatch(name):
             raise ValueError(f"model={name!r} cannot be loaded: {nowhere}")
         nowhere += ", and the Hugging Face hub: "
     try:
