@@ -23,6 +23,7 @@ struct Host {
   void* scratch_owner;
   void* (*scratch)(void* owner,
                    size_t bytes);  // 64-byte aligned, uninitialised, never null: out of memory is the host's exception
+  size_t (*in_small_pages)(const void* data, size_t bytes);  // how many of these are not known to lie in pages of 2 MB
 };
 
 using Stream = void*;  // cudaStream_t

@@ -125,6 +125,13 @@ def use_bf16(how):
         set_bf16(before)
 
 
+def huge_pages(tensors, written=False):
+    """Pages of 2 MB for these tensors, dense and on the CPU, as far as the system gives some: for what is new as far as
+    it fills them; for what is ``written`` as it is, where it is, together with what else lies in those pages."""
+    if tensors and available():
+        _ops().huge_pages(tensors, written)
+
+
 def has_cuda():
     """Whether the library holds CUDA kernels; whether there is a GPU is torch.cuda's to say."""
     return available() and _ops().has_cuda()

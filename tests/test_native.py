@@ -49,6 +49,7 @@ def kernels(request):
     module.set_isa(request.param)
     yield module
     module.set_threads(1)
+    module.set_scattered(False)
     module.set_isa(module.isas().split(",")[-1])
 
 
@@ -157,6 +158,7 @@ def numpy_linear_act(suffix, activation, x, w, b, dy, dtype):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("suffix", DTYPES)
 def test_linear_act_is_numpys_at_any_size(kernels, suffix, activation):
+    kernels.set_scattered(activation == "tanh")
     assert_numpys(
         suffix,
         enumerate(SIZES),
@@ -164,6 +166,21 @@ def test_linear_act_is_numpys_at_any_size(kernels, suffix, activation):
         functools.partial(linear_act, kernels, suffix, activation),
         functools.partial(numpy_linear_act, suffix, activation),
     )
+
+
+# whole panels of every instruction set, with and without whole tiles of rows; more than a block of depth, one step
+@pytest.mark.parametrize("sizes", [(197, 96, 128), (13, 32, 64), (1, 224, 32), (400, 61, 32), (0, 32, 32)])
+@pytest.mark.parametrize("suffix", DTYPES)
+def test_linear_act_has_the_same_bits_where_operands_are_packed_and_where_they_lie(kernels, suffix, sizes, monkeypatch):
+    monkeypatch.setattr(native, "exactly", aligned)  # as whole panels must be to be taken from where they lie
+    inputs, results = linear_act_inputs(sizes, DTYPES[suffix]), []
+    for scattered, threads in itertools.product((False, True), (1, 3)):
+        kernels.set_scattered(scattered)
+        kernels.set_threads(threads)
+        results.append(linear_act(kernels, suffix, "tanh", **inputs))
+    for name, array in results[0].items():
+        for other in results[1:]:
+            np.testing.assert_array_equal(array, other[name], name)
 
 
 @pytest.mark.parametrize("suffix", DTYPES)

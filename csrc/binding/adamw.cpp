@@ -72,7 +72,7 @@ void with_adamw_args(const Tensors& params, const Tensors& grads, const Tensors&
     for (size_t i = 0; i < sizes.size(); ++i)
       if (steps[i] == 1)
         for (const int64_t moment : {m[i], v[i]})
-          advise_huge_pages(reinterpret_cast<void*>(moment), size_t(sizes[i]) * sizeof(W));
+          advise_huge_pages(reinterpret_cast<void*>(moment), size_t(sizes[i]) * sizeof(W), false);
   run(AdamW<T, W>{p.data(), g.data(), m.data(), v.data(), sizes.data(), steps.data(), int64_t(sizes.size()), scale, lr,
                   beta1, beta2, eps, weight_decay, maximize, low ? copies.data() : nullptr, is_f16});
 }

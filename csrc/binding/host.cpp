@@ -22,9 +22,7 @@ void* map(size_t bytes) {
   if (data == MAP_FAILED)
     throw std::runtime_error("DefaultCPUAllocator: can't allocate memory: fastft needs " + std::to_string(bytes) +
                              " bytes of scratch, out of memory");
-#ifdef MADV_HUGEPAGE
-  madvise(data, bytes, MADV_HUGEPAGE);
-#endif
+  advise_huge_pages(data, bytes, true);
   return data;
 }
 
@@ -40,17 +38,6 @@ Pool& pool() {
 }
 
 }  // namespace
-
-void advise_huge_pages(void* data, size_t bytes) {
-#ifdef MADV_HUGEPAGE
-  if (bytes < 2 * kPage) return;  // a page at least lies wholly inside
-  const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage,
-                  end = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;
-  madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
-#else
-  (void)data, (void)bytes;
-#endif
-}
 
 HostLease::HostLease() {
   uint32_t threads = 1;
@@ -71,6 +58,7 @@ HostLease::HostLease() {
   };
   host_.scratch_owner = this;
   host_.scratch = &HostLease::acquire;
+  host_.in_small_pages = &in_small_pages;
 }
 
 HostLease::~HostLease() {

@@ -109,13 +109,15 @@ T* pointer(const std::optional<Tensor>& tensor, const char* name, const Shape& s
   return tensor ? pointer<T>(*tensor, name, shape) : nullptr;
 }
 
-// For what a kernel on the CPU writes whole: huge pages where the memory is new, since a page fault costs more than the 4 KB it brings.
-void advise_huge_pages(void* data, size_t bytes);
+// Asks for pages of 2 MB, wholly inside, where the system may give some and memory has not been written to yet: a page fault costs more than the 4 KB it
+// brings. What `is_new`, of nobody else's before, is known to have them from now on.
+void advise_huge_pages(void* data, size_t bytes, bool is_new);
+size_t in_small_pages(const void* data, size_t bytes);  // Host's
 
 template <class T>
 T* fresh(const Tensor& tensor, const char* name, const Shape& shape) {
   T* const data = pointer<T>(tensor, name, shape);
-  if (tensor.is_cpu()) advise_huge_pages(data, sizeof(T) * size_t(shape.extent()));
+  if (tensor.is_cpu()) advise_huge_pages(data, sizeof(T) * size_t(shape.extent()), false);
   return data;
 }
 template <class T>

@@ -76,11 +76,11 @@ void multiply(typename Tile::Acc* c, int64_t c_strip, const typename Tile::Unit*
       for (int64_t row = 0; row < rows; row += kTileRows) {
         const int live = int(least(rows - row, kTileRows));
         if constexpr (kTransposed)
-          tile_of_rows<Tile, 1, kStride, kStride>(live, c_col + row * kStride, a_col + row, b + from * kCols, units,
-                                                  add || from > 0);
+          tile_of_rows<Tile, 1, kStride, kStride>(live, c_col + row * kStride, a_col + row,
+                                                  PackedPanel<Tile>{b + from * kCols}, units, add || from > 0);
         else
-          tile_of_rows<Tile, kStride, 1, kStride>(live, c_col + row * kStride, a_col + row * kStride, b + from * kCols,
-                                                  units, add || from > 0);
+          tile_of_rows<Tile, kStride, 1, kStride>(live, c_col + row * kStride, a_col + row * kStride,
+                                                  PackedPanel<Tile>{b + from * kCols}, units, add || from > 0);
         ahead.some(kAheadOfTile);
       }
       from += most;

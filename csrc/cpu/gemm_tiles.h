@@ -5,7 +5,8 @@
 // A unit is what one step of depth consumes of a row of A: one float, one double, or a pair of bf16 for VDPBF16PS.
 // Accumulators start at zero and are added to C at the end, so that sums over a long depth are made of short ones (kDepth).
 //
-// B: panel [depth][kCols] units. A: copied, by strides known at compile time, or rows where they lie. C: [rows][kOutStride], dense unless given another stride.
+// B: panel [depth][kCols] units, packed or where it lies. A: copied, by strides known at compile time, or where it lies. C: [rows][kOutStride], dense unless
+// given another stride.
 // Each step also asks for a line that a later tile needs, for which there is room: a panel that comes from L3 or memory would cost its first tile 4 to 40 %.
 #pragma once
 #include "isa.h"
@@ -18,6 +19,9 @@ constexpr int kTileRows = 14, kTileVecs = 2;  // 28 accumulators + 2 for B + 1 b
 #else
 constexpr int kTileRows = 6, kTileVecs = 2;  // 12 + 2 + 1 = 15 of 16
 #endif
+// Steps of depth that a depth-major operand in place is fetched ahead, from L2 into L1: its rows lie too far apart for the CPU's own prefetcher, and what is
+// fetched sooner may be gone, since they may share L1's sets.
+constexpr int kAhead = 2;
 
 constexpr int kDepth = 192;  // units per block: a panel's block of B is 24 KB (AVX-512); 128 is 1 to 2 % slower
 // Row stride of a copied block of A: 13 cache lines, so that 14 rows fall into 14 different sets.
@@ -75,24 +79,55 @@ struct RowsInPlace {
   }
 };
 
+// The same of a depth-major A: units of a step are neighbours.
+template <class Unit>
+struct ColumnsInPlace {
+  const Unit* a;
+  int64_t stride;  // units
+  Unit unit(int i) const { return a[i]; }
+  void step() {
+    __builtin_prefetch(a + kAhead * stride);
+    __builtin_prefetch(a + kAhead * stride + kTileRows - 1);
+    a += stride;
+  }
+};
+
+// ---- a panel of B, step by step
+
+template <class Tile>
+struct PackedPanel {
+  const typename Tile::Unit* b;
+  void step() { b += kTileCols<Tile>; }
+};
+
+template <class Tile>
+struct PanelInPlace {
+  const typename Tile::Unit* b;
+  int64_t stride;  // units
+  void step() {
+    constexpr int kLine = 64 / int(sizeof *b);
+    for (int j = 0; j < kTileCols<Tile>; j += kLine) __builtin_prefetch(b + kAhead * stride + j);
+    b += stride;
+  }
+};
+
 struct Fetch {  // of which a line is asked for in each step
   const char* line;
   int64_t stride;  // bytes
 };
 
-template <class Tile, int kRows, int kOutStride = kTileCols<Tile>, class Rows>
-void tile(typename Tile::Acc* __restrict c, Rows a, const typename Tile::Unit* __restrict b, int64_t depth, bool add,
-          Fetch fetch) {
+template <class Tile, int kRows, int kOutStride = kTileCols<Tile>, class Rows, class Panel>
+void tile(typename Tile::Acc* __restrict c, Rows a, Panel b, int64_t depth, bool add, Fetch fetch) {
   using Unit = typename Tile::Unit;
   using Acc = typename Tile::Acc;
-  constexpr int L = kLanes<Acc>, N = kTileCols<Tile>;
+  constexpr int L = kLanes<Acc>;
   Vec<Acc> sum[kRows][kTileVecs] = {};
 #pragma GCC unroll 2  // of AVX2's 24 instructions 3 are the loop's
-  for (int64_t p = 0; p < depth; ++p, a.step()) {
+  for (int64_t p = 0; p < depth; ++p, a.step(), b.step()) {
     Vec<Unit> panel[kTileVecs];
     __builtin_prefetch(fetch.line + p * fetch.stride, 0, 2);  // into L2: L1 is full
 #pragma GCC unroll 2
-    for (int v = 0; v < kTileVecs; ++v) std::memcpy(&panel[v], b + p * N + v * L, sizeof panel[v]);
+    for (int v = 0; v < kTileVecs; ++v) std::memcpy(&panel[v], b.b + v * L, sizeof panel[v]);
 #pragma GCC unroll 14
     for (int i = 0; i < kRows; ++i) {
       const Unit value = a.unit(i);
@@ -110,11 +145,11 @@ void tile(typename Tile::Acc* __restrict c, Rows a, const typename Tile::Unit* _
 }
 
 // The tile for 1 <= rows <= kTileRows: the smallest of a few sizes that holds them.
-template <class Tile, int kRowStride, int kDepthStride, int kOutStride = kTileCols<Tile>>
-void tile_of_rows(int rows, typename Tile::Acc* c, const typename Tile::Unit* copied, const typename Tile::Unit* b,
-                  int64_t depth, bool add, Fetch fetch = {nullptr, 0}) {
+template <class Tile, int kRowStride, int kDepthStride, int kOutStride = kTileCols<Tile>, class Panel>
+void tile_of_rows(int rows, typename Tile::Acc* c, const typename Tile::Unit* copied, Panel b, int64_t depth, bool add,
+                  Fetch fetch = {nullptr, 0}) {
   const CopiedRows<typename Tile::Unit, kRowStride, kDepthStride> a{copied};
-  if (!fetch.line) fetch = {reinterpret_cast<const char*>(b), 0};  // a line that is there
+  if (!fetch.line) fetch = {reinterpret_cast<const char*>(b.b), 0};  // a line that is there
   if (rows > kTileRows * 4 / 7) return tile<Tile, kTileRows, kOutStride>(c, a, b, depth, add, fetch);
   if constexpr (kTileRows > 8)
     if (rows > 4) return tile<Tile, 8, kOutStride>(c, a, b, depth, add, fetch);

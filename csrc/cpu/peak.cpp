@@ -68,7 +68,8 @@ double tile_rate(double seconds, const Host& host) {
   return rate(seconds, 2.0 * Tile::kPair * kDepth * kTileRows * N * kCalls, host, [&](int64_t worker) {
     const Unit* const own = a + worker * (a_size + b_size);
     for (int i = 0; i < kCalls; ++i)
-      tile_of_rows<Tile, kCopyStride, 1>(kTileRows, c + worker * c_size, own, own + a_size, kDepth, true);
+      tile_of_rows<Tile, kCopyStride, 1>(kTileRows, c + worker * c_size, own, PackedPanel<Tile>{own + a_size}, kDepth,
+                                         true);
   });
 }
 

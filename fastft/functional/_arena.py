@@ -15,6 +15,8 @@ import weakref
 
 import torch
 
+from fastft import _library
+
 LEAST = 1 << 20  # bytes; below, PyTorch's allocator is fast enough
 APART = 1 << 12  # rows a multiple of so many bytes apart share their place in L1
 HUGE = 2 << 20  # bytes of a page
@@ -126,10 +128,13 @@ def _rounded(size):
 
 
 def _mapped(size, asked):
-    """In huge pages as far as what is asked for fills them."""
-    block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE") and asked >= HUGE:
-        block.madvise(mmap.MADV_HUGEPAGE, 0, asked // HUGE * HUGE)
+    """In huge pages as far as what is asked for fills them: from a page's beginning on."""
+    if asked < HUGE:
+        return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    block = memoryview(mmap.mmap(-1, size + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+    begin = -torch.frombuffer(block, dtype=torch.uint8).data_ptr() % HUGE
+    block = block[begin : begin + size]
+    _library.huge_pages([torch.frombuffer(block[:asked], dtype=torch.uint8)])
     return block
 
 

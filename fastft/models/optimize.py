@@ -2,11 +2,13 @@
 
 import torch
 
+from fastft import _library
 from fastft.functional.encoder_layer import MEMORY
 from fastft.models.swap import Swapped, is_sharded, known_base, replaced, replacement
 from fastft.testing import tune
 
 DTYPES = ("auto", torch.bfloat16, torch.float32)
+_LEAST = 1 << 20  # bytes of a weight that is worth pages of its own
 READ_PADDING = "ForQuestionAnswering"  # ends the names of transformers' classes whose loss is over all tokens of a row
 
 
@@ -18,7 +20,8 @@ def optimize(model, *, dtype="auto", padding_free=True, cls_only="auto", activat
     anything wraps the model (``fully_shard``, ``Trainer(bf16=True)``, accelerate), but after what chooses modules by
     their exact class (``quantize_dynamic`` would leave ours alone); calling it again takes in what was added since, and
     the new ``dtype``. The first call on a machine takes a few seconds more to find out which kernels are faster there
-    (FASTFT_TUNE=0 leaves it to the shipped rule).
+    (FASTFT_TUNE=0 leaves it to the shipped rule). On a CPU large weights get memory in pages of 2 MB, where the system
+    gives such, by their addresses as before.
 
     Args:
         model: any torch.nn.Module. BertModel, BertForSequenceClassification and TextClassifier are known as a whole; of
@@ -81,6 +84,7 @@ def optimize(model, *, dtype="auto", padding_free=True, cls_only="auto", activat
             module._fastft_padding_free = False
         if not cls_only and hasattr(module, "_fastft_cls_only"):
             module._fastft_cls_only = False
+    _library.huge_pages([weight for weight in map(_in_memory, model.modules()) if weight is not None], written=True)
     tune.first_time(model)
     return model
 
@@ -132,6 +136,13 @@ def sharded_modules(model):
         if is_sharded(module) or name.rpartition(".")[0] in names:
             names.add(name)
     return names
+
+
+def _in_memory(module):
+    """A linear layer's weight, if products read it row by row from the CPU's memory; large ones, as only these gain."""
+    weight = module.weight if isinstance(module, torch.nn.Linear) else None
+    plain = type(weight) is torch.nn.Parameter and weight.is_cpu and weight.layout is torch.strided
+    return weight if plain and weight.is_contiguous() and weight.numel() * weight.itemsize >= _LEAST else None
 
 
 def _forget_options(module):

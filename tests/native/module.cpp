@@ -1,5 +1,5 @@
 // The CPU kernels of kernels.h as a Python module: a function <kernel>_<dtypes> for each, see arguments.h;
-// set_isa(name) and set_threads(n) choose how they run. And functions.h: elementwise(name, isa, y, x).
+// set_isa(name), set_threads(n) and set_scattered(whether) choose how they run. And functions.h: elementwise(name, isa, y, x).
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -14,11 +14,13 @@ namespace fastft::test {
 namespace {
 
 int threads = 1;
+bool scattered =
+    false;  // what kernels are told of where their operands lie: over many small pages, or a few large ones
 
 // Plain threads, and scratch blocks of exactly the bytes asked for, so that an overrun shows.
 struct Serve {
   std::vector<void*> blocks;
-  Host host{threads, &parallel_for, this, &scratch};
+  Host host{threads, &parallel_for, this, &scratch, &in_small_pages};
 
   ~Serve() {
     for (void* block : blocks) std::free(block);
@@ -38,6 +40,8 @@ struct Serve {
     static_cast<Serve*>(owner)->blocks.push_back(block);
     return block;
   }
+
+  static size_t in_small_pages(const void*, size_t) { return scattered ? size_t(1) << 40 : 0; }
 };
 
 template <template <class, class> class Args>
@@ -79,6 +83,7 @@ PYBIND11_MODULE(FASTFT_MODULE, module) {
     if (!cpu::set_isa(name)) throw std::invalid_argument(std::string(name) + " is not one of " + cpu::isas());
   });
   module.def("set_threads", [](int n) { test::threads = n; });
+  module.def("set_scattered", [](bool scattered) { test::scattered = scattered; });
   module.def("elementwise", &test::elementwise);
 #define FASTFT_X(name, Args) test::define_dtypes<Args>(module, #name, &cpu::Kernels::name);
   FASTFT_KERNELS(FASTFT_X)
