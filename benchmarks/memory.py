@@ -67,7 +67,8 @@ def _measure(cell: Cell, options: argparse.Namespace) -> list[dict]:
         for provider in providers
     ]
     if options.rounds:
-        times = compare({name: _training(cell, name).step for name in providers}, rounds=options.rounds)
+        runs = {name: _training(cell, name).step for name in providers}
+        times = compare(runs, rounds=options.rounds, untimed=1)
         for row in rows:
             row |= {"time": asdict(times[row["provider"]]), "ratio": asdict(times.ratio(row["provider"], STOCK))}
     return rows

@@ -42,6 +42,13 @@ def test_providers_take_turns_in_alternating_order():
     assert "".join(called[4:]) == "abbaabba"  # the first four warm up and count calls
 
 
+def test_a_sample_can_follow_calls_of_its_own_kind():
+    called = []
+    runs = {name: lambda name=name: (called.append(name), time.sleep(0.001)) for name in "ab"}
+    times = compare(runs, rounds=2, sample_s=1e-4, untimed=2)
+    assert "".join(called[4:]) == "aaabbbbbbaaa" and times["a"].rounds == 2
+
+
 def test_short_calls_are_repeated_until_a_sample_is_long_enough():
     called = []
     times = compare({"append": lambda: called.append(0)}, rounds=3, sample_s=1e-3)

@@ -78,6 +78,7 @@ def compare(
     sample_s: float = SAMPLE_S,
     budget_s: float = math.inf,
     each_round: Callable[[int], None] | None = None,
+    untimed: int = 0,
 ) -> Comparison:
     """Times the providers in turns, one sample of each per round, in alternating order.
 
@@ -89,6 +90,8 @@ def compare(
         sample_s: a sample repeats its call until it takes about this long.
         budget_s: fewer rounds, but not less than three, where they take longer than this.
         each_round: called with the number of a round before it, after the calls that warm up.
+        untimed: calls before each sample. What the provider before left behind is not this one's: GB that it gave back
+            and the system still cleans slow the next training step down by 4 %, which follows its own in earnest.
     """
     wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else _nothing
     calls = {name: _calls(run, wait, sample_s) for name, run in providers.items()}
@@ -105,6 +108,8 @@ def compare(
             if peaks is not None:
                 peaks.between_rounds()
             for name in list(providers)[:: 1 if turn % 2 == 0 else -1]:
+                for _ in range(untimed):
+                    providers[name]()
                 samples[name].append(_time(providers[name], calls[name], wait))
             if sum(s[-1] * calls[name] for name, s in samples.items()) > 1:
                 gc.collect()
