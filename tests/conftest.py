@@ -7,10 +7,12 @@ os.environ["FASTFT_TUNE"] = "0"
 if "PYTEST_XDIST_WORKER" in os.environ:  # the others have the other cores; what a test starts inherits it
     os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 
+import native
 import pytest
 import simt
 import torch
 
+import setup
 from fastft import _library
 from fastft.testing.timing import Peaks
 
@@ -29,6 +31,19 @@ def each_isa(request):
     """The CPU's kernels with one instruction set after the other; its name."""
     with _library.use_isa(request.param):
         yield request.param
+
+
+@pytest.fixture(params=setup.ISA_FLAGS)
+def kernels(request):
+    """The CPU kernels without PyTorch, with one instruction set after the other."""
+    module = native.kernels()
+    if request.param not in module.isas().split(","):
+        pytest.skip(f"not built or not on this machine: {request.param}")
+    module.set_isa(request.param)
+    yield module
+    module.set_threads(1)
+    module.set_scattered(False)
+    module.set_isa(module.isas().split(",")[-1])
 
 
 @pytest.fixture

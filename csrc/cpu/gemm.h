@@ -3,6 +3,7 @@
 //   C (M, N)   A (M, K)   B (K, N);   Floor: 2 M N K FLOPs at the FMA peak.
 // B is packed once, by all threads, into panels [N / kTileCols][K][kTileCols], which every task then streams from L3 or memory, each block fetched into L2
 // while the tiles before it run (each panel is read once per task: under 2 GB/s per core). So is A where it is transposed, into tiles [M / kTileRows][K].
+// Of fp32 on AVX-512, depth-major operands are not packed, but taken from where they lie, where their pages allow it (depth_major_in_place).
 // What is packed is written past the caches: a core has another's lines later than memory's. A task is a block of C; for each block of depth it takes its
 // rows of A from where they lie, or copies them into L2 (with a padded leading dimension, where rows 4096 bytes apart share one L1 set; as pairs, where
 // units are not the elements as they are), then runs panel by panel, B's block of a panel staying in L1. C
