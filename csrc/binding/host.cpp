@@ -14,8 +14,6 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 namespace fastft::binding {
 namespace {
 
-constexpr size_t kPage = size_t(2) << 20;
-
 void* map(size_t bytes) {
   void* data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   // The words are PyTorch's, since accelerate's search for a batch size that fits looks for them.
@@ -69,7 +67,7 @@ HostLease::~HostLease() {
 void* HostLease::acquire(void* owner, size_t bytes) {
   auto& lease = *static_cast<HostLease*>(owner);
   if (lease.count_ == kMaxBlocks) throw std::logic_error("fastft: a kernel asked for more than 16 blocks of scratch");
-  bytes = (bytes + kPage) / kPage * kPage;
+  bytes = (bytes + kHugePage) / kHugePage * kHugePage;
   Block found{nullptr, 0};
   {
     std::lock_guard<std::mutex> lock(pool().mutex);

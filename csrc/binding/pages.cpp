@@ -18,7 +18,7 @@
 namespace fastft::binding {
 namespace {
 
-constexpr uintptr_t kPage = uintptr_t(2) << 20, kPages = uintptr_t(1) << 26;  // 47 bits of addresses
+constexpr uintptr_t kPage = kHugePage, kPages = uintptr_t(1) << 26;  // 47 bits of addresses
 constexpr int kFailures = 8;  // pages after which collapsing gives up: each may search all memory for a free one
 
 // A bit for each page of the address space; nearly all of these 8 MB are never touched. Bits stay set where memory is given back: if it comes again

@@ -109,7 +109,8 @@ T* pointer(const std::optional<Tensor>& tensor, const char* name, const Shape& s
   return tensor ? pointer<T>(*tensor, name, shape) : nullptr;
 }
 
-// Asks for pages of 2 MB, wholly inside, where the system may give some and memory has not been written to yet: a page fault costs more than the 4 KB it
+constexpr size_t kHugePage = size_t(2) << 20;
+// Asks for pages of that size, wholly inside, where the system may give some and memory has not been written to yet: a page fault costs more than the 4 KB it
 // brings. What `is_new`, of nobody else's before, is known to have them from now on.
 void advise_huge_pages(void* data, size_t bytes, bool is_new);
 size_t in_small_pages(const void* data, size_t bytes);  // Host's
