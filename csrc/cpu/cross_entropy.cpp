@@ -17,6 +17,8 @@
 // 3, 6 and 8 parts instead of 4, 1 to 1.1x; fetched into L2, or all of the next row, 1.1 to 1.3x; blocks of 8, 0.97x; a
 // block kept in registers between its maximum and its sum, 1.06x in bf16, 1x in fp32; the range of long rows from
 // widened numbers instead of words, 1.14x in bf16.
+#include <type_traits>
+
 #include "isa.h"
 
 namespace FASTFT_NAMESPACE {
@@ -104,11 +106,20 @@ struct Targets {
   int64_t invalid;           // the first row whose target is out of range, or -1
 };
 
+// What stands as a W is of T, or of float beside logits of bf16, which is told at run time: as a type it would make a
+// quarter more of this file's code. Calls body with the pointer as what it is.
+template <class T, class Body>
+inline __attribute__((always_inline)) auto as_given(T* data, bool is_float, const Body& body) {
+  using Float = std::conditional_t<std::is_const_v<T>, const float, float>;
+  if constexpr (sizeof(T) == sizeof(bf16))
+    if (is_float) return body(reinterpret_cast<Float*>(data));
+  return body(data);
+}
+
 // What forward and backward share: how rows are grouped into tasks, and where things lie.
-template <class T, class W, class Args, int kAcross>
+template <class T, class Args, int kAcross>
 struct Rows {
   using Logit = T;
-  using Parameter = W;
   using F = Compute<T>;
   using V = Vec<F>;
   static constexpr int L = kLanes<F>;
@@ -116,6 +127,7 @@ struct Rows {
   static int64_t between(int64_t low, int64_t x, int64_t high) { return x < low ? low : x < high ? x : high; }
 
   const Args& p;
+  const bool is_float;  // what stands as a W
   const int64_t C = p.C, S = p.S, count = p.N * S;
   const int64_t stride = S > 1 ? 1 : C;         // from one row of a group to the next
   const bool across = S > 1 || C < L* kAcross;  // then transposing is cheaper than what moves between lanes
@@ -156,18 +168,24 @@ struct Rows {
       t.weight[r] = t.live[r] = inside & !ignored ? F(1) : F(0);
     }
     for (int r = 0; p.w && r < L; ++r)
-      if (t.index[r] >= 0) t.weight[r] = F(to_float(p.w[t.index[r]]));
+      if (t.index[r] >= 0) t.weight[r] = weight(t.index[r]);
     for (int r = 0; r < L; ++r) t.hard[r] = rest * t.weight[r];
     for (int r = L; wrong && r--;)
       if (index[r] != p.ignore_index && uint64_t(index[r]) >= uint64_t(C)) t.invalid = g.row + r;
     return t;
   }
 
+  F weight(int64_t c) const {
+    return as_given(p.w, is_float, [&](auto* w) { return F(to_float(w[c])); });
+  }
   V soft(V q, V w) const { return (share + rest * q) * w; }
 
   // ---- along: a register of classes from c on
-  V q_along(int64_t at, int64_t c) const { return p.q ? load(p.q + at + c) : V{}; }
-  V w_along(int64_t c) const { return p.w ? load(p.w + c) : broadcast(F(1)); }
+  V q_along(int64_t at, int64_t c) const { return p.q ? along(p.q, at + c) : V{}; }
+  V w_along(int64_t c) const { return p.w ? along(p.w, c) : broadcast(F(1)); }
+  V along(const T* from, int64_t at) const {
+    return as_given(from, is_float, [&](auto* parameters) { return load(parameters + at); });
+  }
 
   // ---- across: a block of classes is gathered, out[c][r] = in[r][c], and scattered; missing rows are zero
   template <class In>
@@ -195,7 +213,10 @@ struct Rows {
       }
     }
   }
-  V w_across(int64_t c) const { return broadcast(p.w ? F(to_float(p.w[c])) : F(1)); }
+  void gather_q(F* out, int64_t at, int rows, int classes) const {
+    if (p.q) as_given(p.q, is_float, [&](auto* q) { gather(out, q + at, rows, classes); });
+  }
+  V w_across(int64_t c) const { return broadcast(p.w ? weight(c) : F(1)); }
 };
 
 // Long rows are walked through in kStreams parts side by side, as the CPU's own prefetcher ends with a page: a loop that
@@ -349,12 +370,12 @@ struct Running {
   }
 };
 
-template <class R>
+template <bool kRough, class R>
 Totals<typename R::F> along(const R& rows, int64_t at, int64_t index) {
   using T = typename R::Logit;
   constexpr int P = kLanes<T>;
   const T* const x = rows.p.x + at;
-  Running<kRough<typename R::Parameter>, T> running(load_words(x), to_float(x[index]));
+  Running<kRough, T> running(load_words(x), to_float(x[index]));
   const Parts<T> parts(rows.C);
   int64_t c = 0;
   for (int n; (n = int(parts.registers - c / P)) > 0; c += n * P) {
@@ -384,7 +405,7 @@ Totals<typename R::F> across(const R& rows, const Group& g) {
   for (int64_t c = 0; c < rows.C; c += kBlock) {
     const int classes = int(rows.C - c < kBlock ? rows.C - c : kBlock);
     rows.gather(x, rows.p.x + g.at + c * rows.S, g.rows, classes);
-    if (kSoft && rows.p.q) rows.gather(q, rows.p.q + g.at + c * rows.S, g.rows, classes);
+    if (kSoft) rows.gather_q(q, g.at + c * rows.S, g.rows, classes);
     online.add(
         classes, [&](int i) { return load(x + i * L); },
         [&](int i) { return rows.soft(load(q + i * L), rows.w_across(c + i)); });
@@ -414,7 +435,8 @@ void forward_group(const R& rows, const Group& g, const Targets<typename R::F>& 
       if constexpr (kSoft)
         row = along_soft(rows, at);
       else
-        row = along(rows, at, t.index[r]);
+        row = kRough<typename R::Logit> && !rows.is_float ? along<kRough<typename R::Logit>>(rows, at, t.index[r])
+                                                          : along<false>(rows, at, t.index[r]);
       totals.max[r] = row.max[0], totals.more[r] = row.more[0];
       if constexpr (kSoft) totals.dot[r] = row.dot[0], totals.mass[r] = row.mass[0];
     }
@@ -428,7 +450,7 @@ void forward_group(const R& rows, const Group& g, const Targets<typename R::F>& 
   if constexpr (kSoft) loss += totals.mass * log_sum - totals.dot;
   loss = load(t.live) != 0 ? loss : Vec<F>{};
 
-  if (p.reduction == kNone) store(p.loss + g.row, loss, g.rows);
+  if (p.reduction == kNone) as_given(p.loss, rows.is_float, [&](auto* losses) { store(losses + g.row, loss, g.rows); });
   if (p.stats) {
     store(p.stats + g.row, totals.max, g.rows);
     store(p.stats + rows.count + g.row, log_sum, g.rows);
@@ -452,10 +474,10 @@ Sums forward_task(const R& rows, int64_t task) {
   return sums;
 }
 
-template <bool kSoft, class T, class W>
-void forward(const CrossEntropyForward<T, W>& p, const Host& host) {
+template <bool kSoft, class T>
+void forward(const CrossEntropyForward<T, T>& p, bool is_float, const Host& host) {
   using F = Compute<T>;
-  const Rows<T, W, CrossEntropyForward<T, W>, kSoft ? 4 : 1> rows{p};
+  const Rows<T, CrossEntropyForward<T, T>, kSoft ? 4 : 1> rows{p, is_float};
   Sums* const sums = scratch<Sums>(host, rows.tasks);
   parallel_for(host, rows.tasks, [&](int64_t task, int) { sums[task] = forward_task<kSoft>(rows, task); });
 
@@ -465,7 +487,11 @@ void forward(const CrossEntropyForward<T, W>& p, const Host& host) {
     all.weight += sums[task].weight;
     if (all.invalid < 0) all.invalid = sums[task].invalid;
   }
-  if (p.reduction != kNone) *p.loss = from_float<W>(F(p.reduction == kMean ? all.loss / all.weight : all.loss));
+  if (p.reduction != kNone)
+    as_given(p.loss, is_float, [&](auto* loss) {
+      *loss =
+          from_float<std::remove_pointer_t<decltype(loss)>>(F(p.reduction == kMean ? all.loss / all.weight : all.loss));
+    });
   if (p.divisor) *p.divisor = F(all.weight);
   *p.invalid = all.invalid;
 }
@@ -495,7 +521,8 @@ void grad_along(const R& rows, int64_t at, const Scales<F>& by) {
   const auto step = [&](int64_t c) {
     const V x = load(p.x + at + c) - by.max, w = kSoft ? rows.w_along(c) : V{};
     if (p.dx) store(p.dx + at + c, grad_logits<kSoft>(x, kSoft ? rows.soft(rows.q_along(at, c), w) : V{}, by));
-    if (kSoft && p.dq) store(p.dq + at + c, by.grad * rows.rest * w * (by.log_sum - x));
+    if (kSoft && p.dq)
+      as_given(p.dq, rows.is_float, [&](auto* dq) { store(dq + at + c, by.grad * rows.rest * w * (by.log_sum - x)); });
   };
   for (int64_t c = 0; c + R::L <= rows.C; c += R::L) step(c);
   if (rows.C % R::L) step(rows.C - R::L);  // again some that have been written
@@ -561,7 +588,7 @@ void backward_across(const R& rows, const Group& g, const Targets<typename R::F>
     const int classes = int(rows.C - c < kBlock ? rows.C - c : kBlock);
     const int64_t at = g.at + c * rows.S;
     rows.gather(x, p.x + at, g.rows, classes);
-    if (kSoft && p.q) rows.gather(q, p.q + at, g.rows, classes);
+    if (kSoft) rows.gather_q(q, at, g.rows, classes);
     for (int i = 0; i < classes; ++i) {  // dx and dq take the places of x and q
       const V v = load(x + i * L) - by.max, w = rows.w_across(c + i);
       const V dx = grad_logits<kSoft>(v, kSoft ? rows.soft(load(q + i * L), w) : V{}, by);
@@ -571,7 +598,7 @@ void backward_across(const R& rows, const Group& g, const Targets<typename R::F>
     for (int r = 0; r < g.rows; ++r)
       if (t.index[r] >= c && t.index[r] < c + classes) x[(t.index[r] - c) * L + r] -= by.hard[r];
     if (p.dx) rows.scatter(p.dx + at, x, g.rows, classes);
-    if (kSoft && p.dq) rows.scatter(p.dq + at, q, g.rows, classes);
+    if (kSoft && p.dq) as_given(p.dq, rows.is_float, [&](auto* dq) { rows.scatter(dq + at, q, g.rows, classes); });
   }
 }
 
@@ -582,7 +609,9 @@ void backward_group(const R& rows, const Group& g) {
   const auto& p = rows.p;
   const Targets<F> t = rows.targets(g);
   const V max = load(p.stats + g.row, g.rows), log_sum = load(p.stats + rows.count + g.row, g.rows);
-  V grad = p.reduction == kNone ? load(p.dy + g.row, g.rows) : broadcast(F(to_float(*p.dy)));
+  V grad = as_given(p.dy, rows.is_float, [&](auto* dy) {
+    return p.reduction == kNone ? load(dy + g.row, g.rows) : broadcast(F(to_float(*dy)));
+  });
   if (p.reduction == kMean) grad /= *p.divisor;
   const V hard = grad * load(t.hard), soft = kSoft ? grad * load(p.stats + 2 * rows.count + g.row, g.rows) : V{};
   const Scales<V> by = {max, log_sum, grad, hard, (hard + soft) * exp(-log_sum)};
@@ -611,22 +640,32 @@ void backward_group(const R& rows, const Group& g) {
   }
 }
 
-}  // namespace
-
-template <class T, class W>
-void cross_entropy_forward(const CrossEntropyForward<T, W>& p, const Host& host) {
-  p.q || p.smoothing > 0 ? forward<true>(p, host) : forward<false>(p, host);
+template <class T>
+void forward(const CrossEntropyForward<T, T>& p, bool is_float, const Host& host) {
+  p.q || p.smoothing > 0 ? forward<true>(p, is_float, host) : forward<false>(p, is_float, host);
 }
 
-template <class T, class W>
-void cross_entropy_backward(const CrossEntropyBackward<T, W>& p, const Host& host) {
-  const Rows<T, W, CrossEntropyBackward<T, W>, 1> rows{p};
+template <class T>
+void backward(const CrossEntropyBackward<T, T>& p, bool is_float, const Host& host) {
+  const Rows<T, CrossEntropyBackward<T, T>, 1> rows{p, is_float};
   parallel_for(host, rows.tasks, [&](int64_t task, int) {
     rows.for_groups(task, [&](const Group& g) {
       p.q || p.smoothing > 0 ? backward_group<true>(rows, g) : backward_group<false>(rows, g);
     });
     if (rows.streams) streamed();
   });
+}
+
+}  // namespace
+
+template <class T, class W>
+void cross_entropy_forward(const CrossEntropyForward<T, W>& p, const Host& host) {
+  forward(bit_cast<CrossEntropyForward<T, T>>(p), std::is_same_v<W, float>, host);
+}
+
+template <class T, class W>
+void cross_entropy_backward(const CrossEntropyBackward<T, W>& p, const Host& host) {
+  backward(bit_cast<CrossEntropyBackward<T, T>>(p), std::is_same_v<W, float>, host);
 }
 
 FASTFT_INSTANTIATE(cross_entropy_forward, CrossEntropyForward)

@@ -28,7 +28,9 @@ Touched written(T* data, int64_t stride, bool past_caches) {
   return touched(past_caches ? nullptr : data, stride);
 }
 
-template <class T, int kActivation>
+// What is there for each activation is functions of rows and tiles; the code that calls them is there once.
+
+template <class T>
 struct ForwardEpilogue {
   using Acc = Compute<T>;
   T* const y;
@@ -37,6 +39,7 @@ struct ForwardEpilogue {
   const int64_t stride;
   const bool past_caches;
 
+  template <class Fn>
   static void run(const void* context, const Acc* tile, int64_t row, int64_t col, int rows, int cols) {
     const auto& p = *static_cast<const ForwardEpilogue*>(context);
     constexpr int kCols = kTileCols<typename TileFor<T>::type>;
@@ -51,7 +54,7 @@ struct ForwardEpilogue {
       for (int j = 0; j < kTileVecs; ++j) v[j] = load(tile + i * kCols + j * L) + load(p.bias + col + j * L);
       if (p.z) put(whole ? p.z + at : z_buffer, v, past_caches);
 #pragma GCC unroll 2
-      for (int j = 0; j < kTileVecs; ++j) v[j] = Act<kActivation>::template f<kRough<T>>(v[j]);
+      for (int j = 0; j < kTileVecs; ++j) v[j] = Fn::template f<kRough<T>>(v[j]);
       put(whole ? p.y + at : y_buffer, v, past_caches);
       if (whole) continue;
       std::memcpy(p.y + at, y_buffer, size_t(cols) * sizeof(T));
@@ -101,7 +104,7 @@ struct StoreEpilogue {  // rounds the tile, or its sum with `add`, to the output
 };
 
 // dx = tile act'(z) and y = act(z) once more, where the product's other factor was y.
-template <class T, int kActivation>
+template <class T>
 struct ThroughEpilogue {
   using Acc = Compute<T>;
   T* const dx;
@@ -110,6 +113,7 @@ struct ThroughEpilogue {
   const int64_t stride;
   const bool past_caches;
 
+  template <class Fn>
   static void run(const void* context, const Acc* tile, int64_t row, int64_t col, int rows, int cols) {
     const auto& p = *static_cast<const ThroughEpilogue*>(context);
     constexpr int kCols = kTileCols<typename TileFor<T>::type>;
@@ -125,8 +129,8 @@ struct ThroughEpilogue {
 #pragma GCC unroll 2
       for (int j = 0; j < kTileVecs; ++j) {
         const Vec<Acc> x = load(z + j * L);
-        f[j] = Act<kActivation>::template f<kRough<T>>(x);
-        v[j] = load(tile + i * kCols + j * L) * Act<kActivation>::template df<kRough<T>>(x);
+        f[j] = Fn::template f<kRough<T>>(x);
+        v[j] = load(tile + i * kCols + j * L) * Fn::template df<kRough<T>>(x);
       }
       put(whole ? p.dx + at : dx_buffer, v, past_caches);
       if (p.y) put(whole ? p.y + at : y_buffer, f, past_caches);
@@ -137,15 +141,21 @@ struct ThroughEpilogue {
   }
 };
 
-// A row of dz = dy act'(z), whole registers, and its sum onto the rows before it. dz may be null, and sum.
-template <int kActivation, class T>
-__attribute__((noinline)) void grad_preact_row(T* dz, Compute<T>* sum, const T* dy, const T* z, int64_t N, bool first,
-                                               bool past_caches) {
+template <class T>
+struct RowFunctions {
+  // A row of dz = dy act'(z), whole registers, and its sum onto the rows before it. dz may be null, and sum.
+  void (*grad_preact)(T* dz, Compute<T>* sum, const T* dy, const T* z, int64_t N, bool first, bool past_caches);
+  // A row of y = act(z), whole registers.
+  void (*act)(T* y, const T* z, int64_t N);
+};
+
+template <class Fn, class T>
+void grad_preact_row(T* dz, Compute<T>* sum, const T* dy, const T* z, int64_t N, bool first, bool past_caches) {
   using Acc = Compute<T>;
   constexpr int L = kLanes<Acc>, kAtOnce = sizeof(T) == 2 ? 2 : 1;  // registers of Acc in one of T
   const auto step = [&](int64_t j) {
     Vec<Acc> v = load(dy + j);
-    if constexpr (kActivation != kIdentity) v *= Act<kActivation>::template df<kRough<T>>(load(z + j));
+    if constexpr (Fn::value != kIdentity) v *= Fn::template df<kRough<T>>(load(z + j));
     if (sum) store(sum + j, first ? v : load(sum + j) + v);
     return v;
   };
@@ -162,11 +172,10 @@ __attribute__((noinline)) void grad_preact_row(T* dz, Compute<T>* sum, const T* 
   }
 }
 
-// A row of y = act(z), whole registers.
-template <int kActivation, class T>
-__attribute__((noinline)) void activation_row(T* y, const T* z, int64_t N) {
+template <class Fn, class T>
+void activation_row(T* y, const T* z, int64_t N) {
   using Acc = Compute<T>;
-  for (int64_t j = 0; j < N; j += kLanes<Acc>) store(y + j, Act<kActivation>::template f<kRough<T>>(load(z + j)));
+  for (int64_t j = 0; j < N; j += kLanes<Acc>) store(y + j, Fn::template f<kRough<T>>(load(z + j)));
 }
 
 // Matrices whose rows lie further apart than their elements take.
@@ -176,13 +185,16 @@ struct Strides {
 
 // dz and the sums of its columns over each kSumRows rows (chunks, N), in one pass, and y = act(z) again. dz is null for
 // the identity, sums and y where nobody wants them.
-template <int kActivation, class T>
-void grad_preact(T* dz, Compute<T>* sums, T* y, const T* dy, const T* z, int64_t M, int64_t N, Strides stride,
-                 const Host& host) {
+template <class T>
+void grad_preact(int activation, T* dz, Compute<T>* sums, T* y, const T* dy, const T* z, int64_t M, int64_t N,
+                 Strides stride, const Host& host) {
   using Acc = Compute<T>;
   constexpr int L = kLanes<Acc>;
   const int64_t whole = N / L * L, rest = N - whole;
   const bool past_caches = streams(dz, M, stride.dz) && streams(dz, M, N);
+  RowFunctions<T> row = {};
+  dispatch_activation(activation,
+                      [&](auto act) { row = {&grad_preact_row<decltype(act), T>, &activation_row<decltype(act), T>}; });
   parallel_for(host, ceil_div(M, kSumRows), [&](int64_t chunk, int) {
     const int64_t begin = chunk * kSumRows, end = begin + kSumRows < M ? begin + kSumRows : M;
     Acc* const sum = sums ? sums + chunk * N : nullptr;
@@ -192,15 +204,15 @@ void grad_preact(T* dz, Compute<T>* sums, T* y, const T* dy, const T* z, int64_t
       T* const dz_row = dz ? dz + i * stride.dz : nullptr;
       T* const y_row = y ? y + i * stride.y : nullptr;
       const T *const dy_row = dy + i * stride.y, *const z_row = z ? z + i * stride.y : nullptr;
-      grad_preact_row<kActivation>(dz_row, sum, dy_row, z_row, whole, i == begin, past_caches);
-      if (y) activation_row<kActivation>(y_row, z_row, whole);
+      row.grad_preact(dz_row, sum, dy_row, z_row, whole, i == begin, past_caches);
+      if (y) row.act(y_row, z_row, whole);
       if (!rest) continue;
       std::memcpy(dy_rest, dy_row + whole, size_t(rest) * sizeof(T));
       if (z) std::memcpy(z_rest, z_row + whole, size_t(rest) * sizeof(T));
-      grad_preact_row<kActivation>(dz_rest, sum_rest, dy_rest, z_rest, L, i == begin, false);
+      row.grad_preact(dz_rest, sum_rest, dy_rest, z_rest, L, i == begin, false);
       if (dz) std::memcpy(dz_row + whole, dz_rest, size_t(rest) * sizeof(T));
       if (!y) continue;
-      activation_row<kActivation>(y_rest, z_rest, L);
+      row.act(y_rest, z_rest, L);
       std::memcpy(y_row + whole, y_rest, size_t(rest) * sizeof(T));
     }
     if (past_caches) streamed();
@@ -231,14 +243,12 @@ void linear_act_forward(const LinearActForward<T, W>& p, const Host& host) {
   const int64_t padded = p.N + kCols;  // to whole tiles, wherever they begin
   Acc* const bias = scratch<Acc>(host, padded);
   for (int64_t j = 0; j < padded; ++j) bias[j] = p.b && j < p.N ? to_float(p.b[j]) : Acc(0);
-  dispatch_activation(p.activation, [&](auto activation) {
-    const bool past_caches = streams(p.y, p.M, y_stride) && (!p.z || streams(p.z, p.M, y_stride));
-    const ForwardEpilogue<T, activation.value> epilogue{p.y, p.z, bias, y_stride, past_caches};
-    with_input<T, W>(p, [&](const auto* x) {
-      gemm<T>(p.M, p.N, p.K, operand(x, x_stride, false), Operand<W>{p.w, p.K, false},
-              {&epilogue.run, &epilogue, {written(p.y, y_stride, past_caches), written(p.z, y_stride, past_caches)}},
-              host);
-    });
+  const bool past_caches = streams(p.y, p.M, y_stride) && (!p.z || streams(p.z, p.M, y_stride));
+  const ForwardEpilogue<T> epilogue{p.y, p.z, bias, y_stride, past_caches};
+  Epilogue<Acc> then = {nullptr, &epilogue, {written(p.y, y_stride, past_caches), written(p.z, y_stride, past_caches)}};
+  dispatch_activation(p.activation, [&](auto act) { then.run = &epilogue.template run<decltype(act)>; });
+  with_input<T, W>(p, [&](const auto* x) {
+    gemm<T>(p.M, p.N, p.K, operand(x, x_stride, false), Operand<W>{p.w, p.K, false}, then, host);
   });
 }
 
@@ -255,10 +265,7 @@ void linear_act_backward(const LinearActBackward<T, W>& p, const Host& host) {
   T* const made = makes ? scratch<T>(host, p.M * dz_stride) : nullptr;
   const T* const dz = made ? made : p.dy;
   if (made || sums)
-    dispatch_activation(p.activation, [&](auto activation) {
-      grad_preact<activation.value, T>(made, sums, made ? p.y : nullptr, p.dy, p.z, p.M, p.N, {dz_stride, y_stride},
-                                       host);
-    });
+    grad_preact(p.activation, made, sums, made ? p.y : nullptr, p.dy, p.z, p.M, p.N, {dz_stride, y_stride}, host);
   if (p.db) add_up(p.db, sums, chunks, p.N, p.N, host);
   const auto grad_input = [&](auto* dx, const auto* add) {
     using Out = std::remove_pointer_t<decltype(dx)>;
@@ -267,12 +274,11 @@ void linear_act_backward(const LinearActBackward<T, W>& p, const Host& host) {
             {&epilogue.run, &epilogue, {written(dx, x_stride, epilogue.past_caches), {}}}, host);
   };
   if (p.x_preact) {
-    dispatch_activation(p.x_activation, [&](auto activation) {
-      const bool past_caches = streams(p.dx, p.M, x_stride) && (!p.x_again || streams(p.x_again, p.M, x_stride));
-      const ThroughEpilogue<T, activation.value> epilogue{p.dx, p.x_again, p.x_preact, x_stride, past_caches};
-      gemm<T>(p.M, p.K, p.N, Operand<T>{dz, dz_stride, false}, Operand<W>{p.w, p.K, true},
-              {&epilogue.run, &epilogue, {written(p.dx, x_stride, past_caches), touched(p.x_preact, x_stride)}}, host);
-    });
+    const bool past_caches = streams(p.dx, p.M, x_stride) && (!p.x_again || streams(p.x_again, p.M, x_stride));
+    const ThroughEpilogue<T> epilogue{p.dx, p.x_again, p.x_preact, x_stride, past_caches};
+    Epilogue<Acc> then = {nullptr, &epilogue, {written(p.dx, x_stride, past_caches), touched(p.x_preact, x_stride)}};
+    dispatch_activation(p.x_activation, [&](auto act) { then.run = &epilogue.template run<decltype(act)>; });
+    gemm<T>(p.M, p.K, p.N, Operand<T>{dz, dz_stride, false}, Operand<W>{p.w, p.K, true}, then, host);
   } else if (p.dx) {
     grad_input(p.dx, p.add);
   }
