@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import fastft
 from fastft import _library, environment
 from fastft.cli.main import app
-from fastft.functional import _choice, _tuning, linear_act
+from fastft.functional import _choice, _tuning, attention, linear_act
 from fastft.functional._tuning import Cell, Facts
 from fastft.testing import tune
 from fastft.testing.measure import measure
@@ -58,6 +58,21 @@ def test_without_facts_the_shipped_rule_chooses(cache):
     assert ours_runs() and not ours_runs(M=8)
     assert _choice.facts() == {}
     assert not cache.exists()
+
+
+def test_attention_of_little_work_is_pytorchs_unless_that_has_no_kernel_for_it(cache):
+    def ours(N, S, dtype=torch.float32, train=False, **options):
+        shape = (N, S, 16) if options.get("cu_seqlens") is not None else (1, N, S, 16)
+        query = torch.ones(shape, dtype=dtype, requires_grad=train)
+        with KernelCalls() as kernels:
+            attention(query, query, query, **options)
+        return bool(kernels.calls)
+
+    threads = torch.get_num_threads()
+    assert not ours(2, 8) and not ours(2, 8, torch.bfloat16) and ours(8, 32, torch.bfloat16)
+    assert ours(2, 8, dropout_p=0.5) and ours(16, 2, cu_seqlens=torch.tensor([0, 6, 16]))
+    assert ours(threads, 128, train=True) and not ours(4096, 1)
+    assert ours(threads, 128) and (threads == 1 or not ours(1, 128))
 
 
 def test_a_fact_overturns_the_shipped_rule_either_way(cache):

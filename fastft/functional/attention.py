@@ -62,7 +62,7 @@ def attention(
     if cu_seqlens is not None:
         max_seqlen = _longest(query, cu_seqlens, max_seqlen)
     why_not = _why_not(query, key, value, attn_mask, cast, cu_seqlens)
-    slower = why_not is None and _choice.backend() == "auto" and _slower(query, key, value, cast, max_seqlen)
+    slower = why_not is None and _choice.backend() == "auto" and _slower(query, key, value, cast, max_seqlen, dropout_p)
     if not _choice.runs("attention", why_not, slower):
         return reference(*arguments, cu_seqlens, max_seqlen)
     if cast is not None:
@@ -223,16 +223,18 @@ def _why_not(query, key, value, attn_mask, cast, cu_seqlens):
     return None
 
 
-def _slower(query, key, value, cast, max_seqlen):
+def _slower(query, key, value, cast, max_seqlen, dropout_p):
     device = query.device.type
-    if query.dim() == 3 and device == "cuda":  # whose lengths PyTorch's, called for each sequence, would wait for
+    if query.dim() == 3 or (dropout_p and device == "cpu"):
+        # PyTorch's would be called for each packed sequence, for whose lengths a GPU would have to be waited; with
+        # dropout it has no fused kernel on the CPU.
         return False
+    dtype, train = cast or query.dtype, _autograd.needs_grad(query, key, value)
     rows, keys, D = sizes(query, key, max_seqlen)
-    shipped = shipped_rule(device, rows, keys, D)
+    shipped = shipped_rule(device, dtype, train, rows, keys)
     if not (facts := _choice.table(device)):
         return shipped
-    train = _autograd.needs_grad(query, key, value)
-    return _choice.slower(facts, "attention", cast or query.dtype, train, (rows, keys, D), shipped)
+    return _choice.slower(facts, "attention", dtype, train, (rows, keys, D), shipped)
 
 
 def sizes(query, key, max_seqlen=None):
@@ -242,9 +244,14 @@ def sizes(query, key, max_seqlen=None):
     return math.prod(query.shape[:-1]), key.shape[-2], query.shape[-1]
 
 
-def shipped_rule(device, rows, keys, D):
-    """Whether PyTorch's is faster on most machines."""
-    return device == "cuda"
+def shipped_rule(device, dtype, train, rows, keys):
+    """Whether PyTorch's is faster on most machines: where a call takes longer than its work, with hardly any keys, and
+    forward with fewer heads than threads, which ours share among them whole. Of bfloat16 it has slower kernels."""
+    if device == "cuda":
+        return True
+    if dtype == torch.bfloat16:
+        return rows * keys < 512
+    return rows * keys <= 4096 or keys < 4 or (not train and rows < keys * torch.get_num_threads())
 
 
 def _mask(attn_mask, query, key, cast):
