@@ -57,6 +57,9 @@ def attention(
         >>> attention(q, k, v).shape
         torch.Size([2, 4, 7, 8])
     """
+    unusual = dropout_p != 0 or attn_mask is not None or cu_seqlens is not None or max_seqlen is not None
+    if not unusual and _slower_at_a_glance(query, key, value):
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale)
     arguments = query, key, value, attn_mask, dropout_p, is_causal, scale
     cast = _check(*arguments[:5], cu_seqlens, max_seqlen)
     if cu_seqlens is not None:
@@ -223,6 +226,27 @@ def _why_not(query, key, value, attn_mask, cast, cu_seqlens):
     return None
 
 
+def _slower_at_a_glance(query, key, value):
+    """Whether PyTorch's kernel is the faster one for a usual call on the CPU, in which there is nothing to complain of.
+
+    All the checks that come before it else take as long as its work.
+    """
+    try:
+        (B, N, S, D), dtype, of_key = query.shape, query.dtype, key.shape
+        keys = of_key[-2]
+        plain = query.is_cpu and key.is_cpu and value.is_cpu and key.dtype is dtype and value.dtype is dtype
+        train = query.requires_grad or key.requires_grad or value.requires_grad
+        if not plain or of_key != (B, N, keys, D) or value.shape != of_key or forward_ad._current_level >= 0:
+            return False
+    except (AttributeError, IndexError, ValueError):  # no tensors, or of other numbers of dimensions
+        return False
+    if dtype not in LITTLE or not (S and keys and 0 < D <= LARGEST_HEAD) or _choice.backend() != "auto":
+        return False
+    rows = B * N * S
+    # What takes 40 us at most is over before it has been found out what was measured of it.
+    return shipped_rule("cpu", dtype, train, rows, keys) and (rows * keys <= LITTLE[dtype] or not _choice.table("cpu"))
+
+
 def _slower(query, key, value, cast, max_seqlen, dropout_p):
     device = query.device.type
     if query.dim() == 3 or (dropout_p and device == "cpu"):
@@ -244,14 +268,20 @@ def sizes(query, key, max_seqlen=None):
     return math.prod(query.shape[:-1]), key.shape[-2], query.shape[-1]
 
 
+LITTLE = {torch.float32: 1 << 14, torch.bfloat16: 1 << 9}  # scores that take no longer than a call of ours
+
+
 def shipped_rule(device, dtype, train, rows, keys):
-    """Whether PyTorch's is faster on most machines: where a call takes longer than its work, with hardly any keys, and
-    forward with fewer heads than threads, which ours share among them whole. Of bfloat16 it has slower kernels."""
+    """Whether PyTorch's is faster on most machines: where there is little to do, with hardly any keys, and with fewer
+    heads than threads, which ours share among them whole. Of bfloat16 it has slower kernels."""
     if device == "cuda":
         return True
+    if rows * keys <= LITTLE.get(dtype, 0):
+        return True
+    few_heads = not torch.compiler.is_compiling() and rows < keys * torch.get_num_threads()
     if dtype == torch.bfloat16:
-        return rows * keys < 512
-    return rows * keys <= 4096 or keys < 4 or (not train and rows < keys * torch.get_num_threads())
+        return few_heads and not train and rows * keys <= 8 * LITTLE[dtype]
+    return few_heads or keys < 4
 
 
 def _mask(attn_mask, query, key, cast):
