@@ -276,8 +276,8 @@ class Product {
     Block block, next;  // next: probably this thread's
     int64_t tiles;
     Acc* c;
-    Unit* rows_of_a;  // copied
-    Unit* own_b;      // with plan.own
+    Unit* rows_of_a;  // copied; null where A is packed
+    Unit* own_b;      // with plan.own, else null
   };
   struct Step {  // a block of depth, [from, to), of a task's panel
     int64_t panel, from, to;
@@ -303,8 +303,8 @@ class Product {
                        block_of(part, following, M),
                        ceil_div(block.rows, kTileRows),
                        c_all + worker * c_size,
-                       a_all + worker * a_size,
-                       packed + worker * (kDepth * kCols)};
+                       packs_a ? nullptr : a_all + worker * a_size,
+                       plan.own ? packed + worker * (kDepth * kCols) : nullptr};
     int64_t from = 0;
     do {
       const int64_t to = from + kDepth < depth ? from + kDepth : depth;
