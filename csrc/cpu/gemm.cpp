@@ -16,6 +16,7 @@ constexpr int kPanelRows = (kTileRows + 7) / 8 * 8;    // row stride of a packed
 constexpr int64_t kPackDepth = 128, kPackPanels = 16;  // a task of packing B reads runs of 16 panels' width
 constexpr int64_t kBlockTiles = 8, kBlockCols = 768;   // C of a task: at most 8 x 14 x 768 x 4 B = 344 KB of L2
 constexpr int kTasksPerThread = 8;                     // more are not needed for an even load
+constexpr int64_t kPieces = 8, kPiecePanels = 3;       // of each of the last blocks at most; of a piece at least
 constexpr int64_t kOwnRows = 280;                      // of C: a task that has all of them packs its panels of B itself
 constexpr int64_t kFewRows = 512;                      // of C: a panel of B serves few tiles
 constexpr size_t kReach = 12 << 20;                    // bytes of 4 KB pages whose addresses a core remembers (Zen 4)
@@ -141,11 +142,15 @@ Partition partition(int64_t M, int64_t N, int tile_rows, int tile_cols, int thre
       const double average =
           task_work(double(best.tiles) / double(tried.row_blocks), double(best.panels) / double(tried.col_blocks));
       const double largest = task_work(double(tried.block_tiles()), double(tried.block_panels()));
-      const double time = average * (double(ceil_div(tried.tasks(), threads) - 1) + (threads > 1 ? 0.5 : 0)) + largest;
+      const double time = average * (double(ceil_div(tried.blocks(), threads) - 1) + (threads > 1 ? 0.5 : 0)) + largest;
       if (time < best_time * 0.999) best_time = time, best = tried;
     }
     if (tried.col_blocks * least_rows >= kTasksPerThread * threads) break;
   }
+  // Cores that differ in speed would else wait for each other's whole blocks: training steps of 2048 tokens gain 0.6 %.
+  const int64_t thin = best.block_panels() / kPiecePanels;
+  if (threads > 1 && best.blocks() >= 2 * threads && thin > 1)
+    best.cut = threads, best.pieces = thin < kPieces ? thin : kPieces;
   return best;
 }
 
@@ -167,7 +172,7 @@ struct Plan {
         a(depth, a_depth_major && !in_place.a ? part.tiles : 0, true, threads) {
     if (!own) return;
     const int64_t most = kBlockTiles * kBlockCols / kTileCols<Tile>;  // tiles of a task
-    part.row_blocks = 1, part.col_blocks = threads > 1 ? 3 * threads : 1;
+    part.row_blocks = 1, part.col_blocks = threads > 1 ? 3 * threads : 1, part.cut = 0, part.pieces = 1;
     while (part.block_panels() * part.tiles > most && part.col_blocks < part.panels) part.col_blocks += threads;
     if (part.col_blocks > part.panels) part.col_blocks = part.panels;
   }
@@ -200,10 +205,9 @@ struct Block {  // a task's part of C
 };
 
 inline Block block_of(const Partition& part, int64_t task, int64_t M) {
-  const int64_t row_block = task / part.col_blocks, col_block = task % part.col_blocks;
-  const int64_t row = part.first_tile(row_block) * kTileRows, end = part.first_tile(row_block + 1) * kTileRows;
-  const int64_t panel = part.first_panel(col_block);
-  return {row, (end < M ? end : M) - row, panel, part.first_panel(col_block + 1) - panel};
+  const auto [first_tile, last_tile, first_panel, last_panel] = part.range(task);
+  const int64_t row = first_tile * kTileRows, end = last_tile * kTileRows;
+  return {row, (end < M ? end : M) - row, first_panel, last_panel - first_panel};
 }
 
 // C = A B, or with `transposed` C^T, of which the epilogue is.
@@ -461,10 +465,9 @@ int64_t tasks_of(GemmQuery q, int phase, double* work, int64_t capacity) {
       work[task] = kPackWork * double(chunk.last - chunk.first) * double(chunk.to - chunk.from) / double(depth) *
                    (of_a ? double(kTileRows) / kTileCols<Tile> : 1);
     } else {
-      const int64_t row = task / part.col_blocks, col = task % part.col_blocks;
-      const auto panels = double(part.first_panel(col + 1) - part.first_panel(col));
-      work[task] = task_work(double(part.first_tile(row + 1) - part.first_tile(row)), panels) +
-                   (plan.own ? kPackWork * panels : 0);
+      const auto [first_tile, last_tile, first_panel, last_panel] = part.range(task);
+      const auto panels = double(last_panel - first_panel);
+      work[task] = task_work(double(last_tile - first_tile), panels) + (plan.own ? kPackWork * panels : 0);
     }
   return tasks;
 }

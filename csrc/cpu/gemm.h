@@ -35,15 +35,31 @@ template <class T, class TA, class TB>
 void gemm(int64_t M, int64_t N, int64_t K, Operand<TA> a, Operand<TB> b,
           Epilogue<typename TileFor<T>::type::Acc> epilogue, const Host& host);
 
-// How C is cut into tasks: a grid of row_blocks x col_blocks, each of whole tiles and as near to equal as whole tiles can be.
+// How C is cut into tasks: a grid of row_blocks x col_blocks, each of whole tiles and as near to equal as whole tiles can be. The last `cut` blocks are
+// `pieces` tasks each, so that no thread waits for a whole block of another at the end.
 struct Partition {
   int64_t tiles, panels;  // of C: ceil(M / kTileRows), ceil(N / kTileCols)
   int64_t row_blocks, col_blocks;
-  int64_t tasks() const { return row_blocks * col_blocks; }
+  int64_t cut = 0, pieces = 1;
+
+  int64_t blocks() const { return row_blocks * col_blocks; }
+  int64_t tasks() const { return blocks() + cut * (pieces - 1); }
   int64_t block_tiles() const { return ceil_div(tiles, row_blocks); }  // of a task, at most
   int64_t block_panels() const { return ceil_div(panels, col_blocks); }
-  int64_t first_tile(int64_t row_block) const { return row_block * tiles / row_blocks; }
-  int64_t first_panel(int64_t col_block) const { return col_block * panels / col_blocks; }
+
+  struct Range {  // of a task
+    int64_t first_tile, last_tile, first_panel, last_panel;  // without the last
+  };
+  Range range(int64_t task) const {
+    const int64_t whole = blocks() - cut, block = task < whole ? task : whole + (task - whole) / pieces;
+    const int64_t row = block / col_blocks, col = block % col_blocks;
+    Range range = {row * tiles / row_blocks, (row + 1) * tiles / row_blocks, col * panels / col_blocks,
+                   (col + 1) * panels / col_blocks};
+    if (task < whole) return range;
+    const int64_t piece = (task - whole) % pieces, first = range.first_panel, width = range.last_panel - first;
+    range.first_panel = first + piece * width / pieces, range.last_panel = first + (piece + 1) * width / pieces;
+    return range;
+  }
 };
 Partition partition(int64_t M, int64_t N, int tile_rows, int tile_cols, int threads);
 

@@ -20,7 +20,7 @@ from fastft import _library
 LEAST = 1 << 20  # bytes; below, PyTorch's allocator is fast enough
 APART = 1 << 12  # rows a multiple of so many bytes apart share their place in L1
 HUGE = 2 << 20  # bytes of a page
-
+_MAPS = hasattr(mmap, "MAP_ANONYMOUS")
 
 # Gradients of weights come back all at once, when the step is over, and activations would take their blocks to pieces.
 ACTIVATION, GRADIENT = 0, 1
@@ -81,7 +81,7 @@ def _row_stride(cols, dtype):
 def _usable(like):
     """Whether there is memory to be had: not of fake tensors, nor of another device's."""
     plain = type(like) in (torch.Tensor, torch.nn.Parameter) and like.is_cpu
-    return plain and hasattr(mmap, "MAP_ANONYMOUS") and not torch.compiler.is_compiling()
+    return plain and _MAPS and not torch.compiler.is_compiling()
 
 
 class Arena:
@@ -90,31 +90,47 @@ class Arena:
 
     def __init__(self):
         self._lock = threading.Lock()
-        self._idle = []  # the longest idle first
+        self._idle = {}  # by their bytes, each with the number of its return; the longest idle first
         self._returned = collections.deque()  # by whoever drops the last reference, in the middle of anything
+        self._returns = 0
         self._taken = {}
-        self._bytes = self._most = 0  # of all blocks; of those once in use together
+        self._bytes = self._idle_bytes = self._most = 0  # of all blocks; of idle ones; of those once in use together
 
     def take(self, size):
         """At least ``size`` bytes, as a memoryview; they come back when it is gone."""
         asked, size = size, _rounded(size)
         with self._lock:
             while self._returned:
-                self._idle.append(self._returned.popleft())
-            self._most = max(self._most, self._bytes - sum(map(len, self._idle)) + size)
-            fitting = [block for block in self._idle if size <= len(block) <= size * 5 // 4]
-            block = min(reversed(fitting), key=len, default=None)  # of equal ones the last used, which caches may hold
-            if block is not None:
-                self._idle = [other for other in self._idle if other is not block]
+                self._keep(self._returned.popleft())
+            self._most = max(self._most, self._bytes - self._idle_bytes + size)
+            fitting = min((idle for idle in self._idle if size <= idle <= size * 5 // 4), default=None)
+            if fitting is not None:
+                block = self._leave(fitting, -1)  # the last used, which caches may hold
             else:
                 while self._idle and self._bytes + size > self._most * 17 // 16:
-                    self._bytes -= len(self._idle.pop(0))
+                    longest = min(self._idle, key=lambda idle: self._idle[idle][0][0])
+                    self._bytes -= len(self._leave(longest, 0))
                 block = _mapped(size, asked)
                 self._bytes += size
         memory = memoryview(block)
         reference = weakref.ref(memory, self._give_back)
         self._taken[id(reference)] = reference, block  # memoryviews have no hash
         return memory
+
+    def _keep(self, block):
+        self._returns += 1
+        self._idle.setdefault(len(block), collections.deque()).append((self._returns, block))
+        self._idle_bytes += len(block)
+
+    def _leave(self, size, place):
+        """One of the idle blocks of a size: the last used, -1, or the longest idle, 0."""
+        blocks = self._idle[size]
+        _, block = blocks[place]
+        del blocks[place]
+        if not blocks:
+            del self._idle[size]
+        self._idle_bytes -= size
+        return block
 
     def _give_back(self, reference):
         _, block = self._taken.pop(id(reference))
