@@ -11,7 +11,7 @@ import torch
 
 from fastft.functional import _arena
 
-pytestmark = pytest.mark.skipif(not _arena._usable(torch.empty(0)), reason="this system has no anonymous memory maps")
+pytestmark = pytest.mark.skipif(not _arena.is_plain(torch.empty(0)), reason="this system has no anonymous memory maps")
 
 LIKE = torch.empty(0)
 ROWS = (600, 1000)  # 2.4 MB

@@ -265,3 +265,17 @@ def test_the_number_of_threads_changes_no_bit():
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(other[name], found[0][name]) for other in found[1:] for name in found[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_joined_weights_are_no_views_and_have_storages_of_their_own(dtype):
+    joined = torch.randn(3 * 600, 1000).to(dtype)
+    expected = [part.clone() for part in joined.chunk(3)]
+    parts = node._parts(joined, 3, dtype)
+    del joined
+    assert not any(part._is_view() for part in parts)
+    assert all(part.untyped_storage().nbytes() == part.numel() * part.itemsize for part in parts)
+    parts[1].zero_()
+    expected[1].zero_()
+    parts[2] = None
+    assert all(torch.equal(part, want) for part, want in zip(parts[:2], expected, strict=False))

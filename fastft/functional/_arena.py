@@ -38,7 +38,7 @@ def empty(shape, dtype, like, kind=ACTIVATION):
     """``like.new_empty(shape, dtype=dtype)``: no view, and no other tensor has its memory."""
     count = math.prod(shape)
     size = count * dtype.itemsize
-    if size < LEAST or not _usable(like):
+    if size < LEAST or not is_plain(like):
         return like.new_empty(shape, dtype=dtype)
     try:
         memory = _ARENAS[ACTIVATION if _together else kind].take(size)
@@ -78,8 +78,8 @@ def _row_stride(cols, dtype):
     return cols if cols * dtype.itemsize % APART else cols + 64 // dtype.itemsize
 
 
-def _usable(like):
-    """Whether there is memory to be had: not of fake tensors, nor of another device's."""
+def is_plain(like):
+    """Whether its memory is there to be had: not that of fake tensors, nor another device's."""
     plain = type(like) in (torch.Tensor, torch.nn.Parameter) and like.is_cpu
     return plain and _MAPS and not torch.compiler.is_compiling()
 

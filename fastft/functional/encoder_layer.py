@@ -416,10 +416,14 @@ def _joined(p, first):
 
 
 def _parts(joined, count, dtype):
-    """Copies of the parts: autograd keeps a gradient as it gets it, and these must not share their memory."""
+    """The parts, each with a storage of its own: autograd keeps a gradient as it gets it, and what resizes or saves one
+    must not meet the others. Large ones stay where they are, and their memory is given back with the last of them."""
     if joined is None:
         return [None] * count
-    return [_arena.empty_like(part, dtype, _arena.GRADIENT).copy_(part) for part in joined.chunk(count)]
+    parts = joined.chunk(count)
+    if joined.dtype == dtype and _arena.is_plain(joined) and parts[0].numel() * dtype.itemsize >= _arena.LEAST:
+        return [torch.from_dlpack(part) for part in parts]
+    return [_arena.empty_like(part, dtype, _arena.GRADIENT).copy_(part) for part in parts]
 
 
 class _Layer(torch.autograd.Function):
