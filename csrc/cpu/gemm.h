@@ -47,7 +47,7 @@ struct Partition {
   int64_t block_tiles() const { return ceil_div(tiles, row_blocks); }  // of a task, at most
   int64_t block_panels() const { return ceil_div(panels, col_blocks); }
 
-  struct Range {  // of a task
+  struct Range {                                             // of a task
     int64_t first_tile, last_tile, first_panel, last_panel;  // without the last
   };
   Range range(int64_t task) const {
