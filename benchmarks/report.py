@@ -556,6 +556,9 @@ def update_readme(folder: Path, readme: Path) -> None:
     results = json.loads((folder / "step.json").read_text())
     of_readme = [row for row in results["rows"] if all(row[name] in README_ROWS[name] for name in README_ROWS)]
     results["rows"] = of_readme or results["rows"]
+    conditions, cell = results["conditions"], "x".join(str(README_ROWS[name][0]) for name in ("batch", "length"))
+    measured = [command for command in conditions["command"].split("; ") if f"--cell {cell} " in command]
+    conditions["command"] = measured[-1] if measured else conditions["command"]  # --save --add: what was added last
     shown = folder.relative_to(readme.parent).as_posix()
     block = f"{BEGIN}\n{render(results)}\n![Speed-up of a training step]({shown}/step.png)\n{END}"
     readme.write_text(text[: text.index(BEGIN)] + block + text[text.index(END) + len(END) :])
