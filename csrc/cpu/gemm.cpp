@@ -92,11 +92,10 @@ void prefetch_touched(const Epilogue<Acc>& epilogue, int64_t row, int64_t col, i
   }
 }
 
-// Work of a task in tiles over the whole depth, `of_tile` more for each tile of A: copying one costs about a third of a panel's work (2 of 64 elements
-// against kTileCols), fetching a packed one less. Loading a panel of B costs about a sixth of a tile's.
-constexpr double kCopiedTile = 0.3, kFetchedTile = 0.1;
-inline double task_work(double tiles, double panels, double of_tile) {
-  return tiles * panels + of_tile * tiles + 0.15 * panels;
+// Work of a task in tiles over the whole depth. Copying a tile of A costs about a third of a panel's work (2 of 64 elements against kTileCols), fetching a
+// packed one less. Loading a panel of B costs about a sixth of a tile's.
+inline double task_work(double tiles, double panels, bool copies_a) {
+  return tiles * panels + (copies_a ? 0.3 : 0.1) * tiles + 0.15 * panels;
 }
 
 constexpr double kPackWork = 2;  // of a panel over the whole depth: 0.5 tiles' time from L2, 2.5 from memory (Zen 4)
@@ -128,7 +127,6 @@ struct Packing {
 }  // namespace
 
 Partition partition(int64_t M, int64_t N, int tile_rows, int tile_cols, bool copies_a, int threads) {
-  const double of_tile = copies_a ? kCopiedTile : kFetchedTile;
   Partition best{ceil_div(M, tile_rows), ceil_div(N, tile_cols), 1, 1}, tried = best;
   const int64_t least_rows = ceil_div(best.tiles, kBlockTiles),
                 least_cols = ceil_div(best.panels, kBlockCols / tile_cols);
@@ -144,8 +142,8 @@ Partition partition(int64_t M, int64_t N, int tile_rows, int tile_cols, bool cop
       // Time of the busiest thread in tiles, tasks going in order to whoever is free: rounds of average tasks and a last one of the largest; half a task more
       // is what a thread waits for at the end, since cores differ in speed from moment to moment.
       const double average = task_work(double(best.tiles) / double(tried.row_blocks),
-                                       double(best.panels) / double(tried.col_blocks), of_tile);
-      const double largest = task_work(double(tried.block_tiles()), double(tried.block_panels()), of_tile);
+                                       double(best.panels) / double(tried.col_blocks), copies_a);
+      const double largest = task_work(double(tried.block_tiles()), double(tried.block_panels()), copies_a);
       const double time = average * (double(ceil_div(tried.blocks(), threads) - 1) + (threads > 1 ? 0.5 : 0)) + largest;
       if (time < best_time * 0.999) best_time = time, best = tried;
     }
@@ -176,7 +174,7 @@ struct Plan {
         a(depth, a_depth_major && !in_place.a ? part.tiles : 0, true, threads) {
     if (!own) return;
     const int64_t most = kBlockTiles * kBlockCols / kTileCols<Tile>;  // tiles of a task
-    part.row_blocks = 1, part.col_blocks = threads > 1 ? 3 * threads : 1, part.cut = 0, part.pieces = 1;
+    part = {part.tiles, part.panels, 1, threads > 1 ? 3 * threads : 1};
     while (part.block_panels() * part.tiles > most && part.col_blocks < part.panels) part.col_blocks += threads;
     if (part.col_blocks > part.panels) part.col_blocks = part.panels;
   }
@@ -471,8 +469,8 @@ int64_t tasks_of(GemmQuery q, int phase, double* work, int64_t capacity) {
     } else {
       const auto [first_tile, last_tile, first_panel, last_panel] = part.range(task);
       const auto panels = double(last_panel - first_panel);
-      work[task] = task_work(double(last_tile - first_tile), panels, q.a_depth_major ? kFetchedTile : kCopiedTile) +
-                   (plan.own ? kPackWork * panels : 0);
+      work[task] =
+          task_work(double(last_tile - first_tile), panels, !q.a_depth_major) + (plan.own ? kPackWork * panels : 0);
     }
   return tasks;
 }
