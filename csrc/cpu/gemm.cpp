@@ -92,13 +92,15 @@ void prefetch_touched(const Epilogue<Acc>& epilogue, int64_t row, int64_t col, i
   }
 }
 
-// Work of a task in tiles over the whole depth. Copying a tile of A costs about a third of a panel's work (2 of 64 elements against kTileCols), fetching a
-// packed one less. Loading a panel of B costs about a sixth of a tile's.
-inline double task_work(double tiles, double panels, bool copies_a) {
-  return tiles * panels + (copies_a ? 0.3 : 0.1) * tiles + 0.15 * panels;
+// Work of a task in tiles over the whole depth. Copying a tile of A costs about a third of a panel's work (2 of 64 elements against kTileCols), packing one
+// half of it, fetching a packed one less. Loading a panel of B costs about a sixth of a tile's.
+inline double task_work(double tiles, double panels, RowsOfA a, bool alone) {
+  const double of_a = a == RowsOfA::kCopied ? 0.3 : a == RowsOfA::kPacked && alone ? 0.5 : 0.1;
+  return tiles * panels + of_a * tiles + 0.15 * panels;
 }
 
-constexpr double kPackWork = 2;  // of a panel over the whole depth: 0.5 tiles' time from L2, 2.5 from memory (Zen 4)
+constexpr double kPackWork = 2;     // of a panel over the whole depth: 0.5 tiles' time from L2, 2.5 from memory (Zen 4)
+constexpr double kPackAWork = 0.8;  // of a tile of A, likewise, in panels
 
 struct Chunk {  // panels [first, last), units [from, to) of depth
   int64_t first, last, from, to;
@@ -126,7 +128,7 @@ struct Packing {
 
 }  // namespace
 
-Partition partition(int64_t M, int64_t N, int tile_rows, int tile_cols, bool copies_a, int threads) {
+Partition partition(int64_t M, int64_t N, int tile_rows, int tile_cols, RowsOfA a, int threads) {
   Partition best{ceil_div(M, tile_rows), ceil_div(N, tile_cols), 1, 1}, tried = best;
   const int64_t least_rows = ceil_div(best.tiles, kBlockTiles),
                 least_cols = ceil_div(best.panels, kBlockCols / tile_cols);
@@ -142,9 +144,13 @@ Partition partition(int64_t M, int64_t N, int tile_rows, int tile_cols, bool cop
       // Time of the busiest thread in tiles, tasks going in order to whoever is free: rounds of average tasks and a last one of the largest; half a task more
       // is what a thread waits for at the end, since cores differ in speed from moment to moment.
       const double average = task_work(double(best.tiles) / double(tried.row_blocks),
-                                       double(best.panels) / double(tried.col_blocks), copies_a);
-      const double largest = task_work(double(tried.block_tiles()), double(tried.block_panels()), copies_a);
-      const double time = average * (double(ceil_div(tried.blocks(), threads) - 1) + (threads > 1 ? 0.5 : 0)) + largest;
+                                       double(best.panels) / double(tried.col_blocks), a, tried.col_blocks == 1);
+      const double largest =
+          task_work(double(tried.block_tiles()), double(tried.block_panels()), a, tried.col_blocks == 1);
+      const double before =
+          a == RowsOfA::kPacked && tried.col_blocks > 1 ? kPackAWork * double(best.tiles) / threads : 0;
+      const double time =
+          before + average * (double(ceil_div(tried.blocks(), threads) - 1) + (threads > 1 ? 0.5 : 0)) + largest;
       if (time < best_time * 0.999) best_time = time, best = tried;
     }
     if (tried.col_blocks * least_rows >= kTasksPerThread * threads) break;
@@ -161,17 +167,23 @@ namespace {
 // What gemm's two phases, packing and computing C, are cut into.
 template <class Tile>
 struct Plan {
+  RowsOfA rows;
   Partition part;
   // With few rows packing B is dear: a task with all of them does so itself, block by block, in L1. Data gradients of 64 rows gain 17 to 23 %, of 256 up to 7;
   // transposing B in this way loses up to 6. Not where there are too few panels for all threads.
   bool own;
+  bool own_a;    // a task that has all columns packs its rows of A, in L2: weight gradients of bf16 gain 1 to 3 %
   Packing b, a;  // tasks of packing, of B first; none of what is not packed
 
   Plan(int64_t M, int64_t N, int64_t depth, bool a_depth_major, bool b_depth_major, InPlace in_place, int threads)
-      : part(partition(M, N, kTileRows, kTileCols<Tile>, !a_depth_major, threads)),
+      : rows(!a_depth_major ? RowsOfA::kCopied
+             : in_place.a   ? RowsOfA::kInPlace
+                            : RowsOfA::kPacked),
+        part(partition(M, N, kTileRows, kTileCols<Tile>, rows, threads)),
         own(!a_depth_major && b_depth_major && !in_place.b && M <= kOwnRows && part.panels >= 4 * threads),
+        own_a(rows == RowsOfA::kPacked && part.col_blocks == 1),
         b(depth, own || in_place.b ? 0 : part.panels, b_depth_major, threads),
-        a(depth, a_depth_major && !in_place.a ? part.tiles : 0, true, threads) {
+        a(depth, rows == RowsOfA::kPacked && !own_a ? part.tiles : 0, true, threads) {
     if (!own) return;
     const int64_t most = kBlockTiles * kBlockCols / kTileCols<Tile>;  // tiles of a task
     part = {part.tiles, part.panels, 1, threads > 1 ? 3 * threads : 1};
@@ -220,6 +232,7 @@ class Product {
   using Acc = typename Tile::Acc;
   static constexpr int kCols = kTileCols<Tile>;
   static constexpr int64_t kTileUnits = int64_t(kCopyStride) * kTileRows;  // of a copied tile of A
+  static constexpr int64_t kPackedTile = kDepth * kPanelRows;              // of a packed one
   static constexpr int64_t kTileOfC = kTileRows * kCols;
 
  public:
@@ -267,12 +280,12 @@ class Product {
   const InPlace in_place = depth_major_in_place<Tile>(M, N, K, a, b, host);
   const Plan<Tile> plan{M, N, depth, a.depth_major, b.depth_major, in_place, host.threads};
   const Partition& part = plan.part;
-  const bool packs_a = a.depth_major && !in_place.a, rows_in_place = readable_in_place<Tile>(a, K);
+  const bool packs_a = plan.a.tasks() > 0, rows_in_place = readable_in_place<Tile>(a, K);
   const bool fetches = epilogue.touches[0].data || epilogue.touches[1].data;
   const int64_t panel_size = depth * kCols, a_panel_size = depth * kPanelRows;
   // A task's C, beyond whose rows its last square is read, and rows of A.
   const int64_t c_size = part.block_tiles() * part.block_panels() * kTileOfC + kCols * kCols;
-  const int64_t a_size = in_place.a ? kDepth * kPanelRows : part.block_tiles() * kTileUnits;
+  const int64_t a_size = in_place.a ? kPackedTile : part.block_tiles() * (plan.own_a ? kPackedTile : kTileUnits);
   Unit* const packed;    // B: all panels, or with plan.own a block for each thread
   Unit* const packed_a;  // or null
   Acc* const c_all;
@@ -327,6 +340,10 @@ class Product {
     if (in_place.a && rows % kTileRows) {
       if constexpr (kMayLie<Tile, TA>)
         copy_columns(task.rows_of_a, a, row + whole * kTileRows, rows % kTileRows, from, to);
+    } else if (plan.own_a) {
+      const int64_t first = row / kTileRows;
+      pack_panels<Tile, kTileRows, kPanelRows>(task.rows_of_a - first * kPackedTile - from * kPanelRows, kPackedTile, a,
+                                               K, M, first, first + task.tiles, from, to, false);
     } else if (!a.depth_major) {
       const int64_t left = rows_in_place ? whole : 0;
       copy_rows<Tile>(task.rows_of_a + left * kTileUnits, a, K, row + left * kTileRows, rows - left * kTileRows, from,
@@ -378,21 +395,32 @@ class Product {
         return tile<Tile, kTileRows>(c_tile, ColumnsInPlace<Unit>{a.data + step.from * a.stride + row, a.stride}, of_b,
                                      length, add, fetch);
     if (a.depth_major)
-      return tile_of_rows<Tile, 1, kPanelRows>(
-          live, c_tile,
-          in_place.a ? task.rows_of_a : packed_a + row / kTileRows * a_panel_size + step.from * kPanelRows, of_b,
-          length, add, fetch);
+      return tile_of_rows<Tile, 1, kPanelRows>(live, c_tile, packed_rows(task, step, t), of_b, length, add, fetch);
     if (rows_in_place && whole)
-      return tile<Tile, kTileRows>(c_tile, RowsInPlace<Unit>{bytes_of_a(row, step.from * Tile::kPair), row_bytes()},
+      return tile<Tile, kTileRows>(c_tile, RowsInPlace<Unit>{bytes_of_a(row, step.from * Tile::kPair), row_bytes(a)},
                                    of_b, length, add, fetch);
     tile_of_rows<Tile, kCopyStride, 1>(live, c_tile, task.rows_of_a + t * kTileUnits, of_b, length, add, fetch);
   }
 
+  // Of a depth-major A's tile t.
+  const Unit* packed_rows(const Task& task, const Step& step, int64_t t) const {
+    if (packs_a) return packed_a + (task.block.row / kTileRows + t) * a_panel_size + step.from * kPanelRows;
+    return task.rows_of_a + (plan.own_a ? t * kPackedTile : 0);
+  }
   // Of a row of an A that is not depth-major, from an element of depth on.
   const char* bytes_of_a(int64_t row, int64_t element) const {
     return reinterpret_cast<const char*>(a.data + row * a.stride + element);
   }
-  int64_t row_bytes() const { return a.stride * int64_t(sizeof(TA)); }
+  template <class Element>
+  static int64_t row_bytes(const Operand<Element>& operand) {
+    return operand.stride * int64_t(sizeof(Element));
+  }
+  // One of the lines that have the elements from `outer` on in a depth-major operand's rows of a unit of depth.
+  template <class Element>
+  static const char* line_of_step(const Operand<Element>& operand, int64_t unit, int64_t outer, int64_t line) {
+    const Element* const row = operand.data + (unit * Tile::kPair + line % Tile::kPair) * operand.stride;
+    return reinterpret_cast<const char*>(row + outer) + line / Tile::kPair * 64;
+  }
 
   // What tile t of a panel asks for: B's next block is on its way after kPanelLines tiles, the last of the others fetch A's.
   Fetch fetch_of(const Task& task, const Step& step, int64_t t) const {
@@ -400,11 +428,11 @@ class Product {
     const bool last_depth = step.to == depth;
     if (a.depth_major && t >= kLines) {
       const Block& block = last_depth ? task.next : task.block;
-      const int64_t tiles = last_depth ? ceil_div(block.rows, kTileRows) : task.tiles, from = last_depth ? 0 : step.to;
+      const int64_t from = last_depth ? 0 : step.to;
       const int64_t left = (task.block.panels - 1 - step.panel) * (task.tiles - kLines) + task.tiles - 1 - t;
-      if (left < tiles && in_place.a)
-        return {reinterpret_cast<const char*>(a.data + from * a.stride + block.row) + left * 64, row_bytes()};
-      if (left < tiles)
+      if (!packs_a && left < Tile::kPair * (block.rows * int64_t(sizeof(TA)) / 64 + 1))
+        return {line_of_step(a, from, block.row, left), Tile::kPair * row_bytes(a)};
+      if (packs_a && left < ceil_div(block.rows, kTileRows))
         return {
             reinterpret_cast<const char*>(packed_a + (block.row / kTileRows + left) * a_panel_size + from * kPanelRows),
             64};
@@ -415,10 +443,8 @@ class Product {
     if (!plan.own && !in_place.b)
       return {reinterpret_cast<const char*>(packed + panel * panel_size + from * kCols) + t % kLines * (kDepth * 64),
               64};
-    constexpr int64_t P = Tile::kPair, kLinesOfStep = P * ceil_div(kCols * int64_t(sizeof(TB)), 64);
-    const int64_t b_row_bytes = b.stride * int64_t(sizeof(TB)), line = t % kLinesOfStep;
-    return {reinterpret_cast<const char*>(b.data + panel * kCols) + (from * P + line % P) * b_row_bytes + line / P * 64,
-            P * b_row_bytes};
+    constexpr int64_t kLinesOfStep = Tile::kPair * ceil_div(kCols * int64_t(sizeof(TB)), 64);
+    return {line_of_step(b, from, panel * kCols, t % kLinesOfStep), Tile::kPair * row_bytes(b)};
   }
 
   void finish(const Acc* c_tile, int64_t row, int64_t col, int live, int cols) const {
@@ -469,8 +495,8 @@ int64_t tasks_of(GemmQuery q, int phase, double* work, int64_t capacity) {
     } else {
       const auto [first_tile, last_tile, first_panel, last_panel] = part.range(task);
       const auto panels = double(last_panel - first_panel);
-      work[task] =
-          task_work(double(last_tile - first_tile), panels, !q.a_depth_major) + (plan.own ? kPackWork * panels : 0);
+      work[task] = task_work(double(last_tile - first_tile), panels, plan.rows, plan.own_a) +
+                   (plan.own ? kPackWork * panels : 0);
     }
   return tasks;
 }
