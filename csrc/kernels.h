@@ -2,7 +2,7 @@
 //
 // A kernel is a template over T, the dtype of activations, and W, the dtype of parameters, and takes one struct: outputs, saved statistics, inputs,
 // sizes, scalars. A null pointer means "not wanted" or "not given". Sizes are elements; all tensors are dense and row-major.
-// To add an op: its structs below and one line for each direction in FASTFT_KERNELS.
+// To add an op: its structs below and one line for each direction in FASTFT_COMMON_KERNELS.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -134,6 +134,23 @@ struct CrossEntropyBackward {
   int64_t ignore_index;
   double smoothing;
   int reduction;
+};
+
+// Forward and backward in one, against class indices, for a gradient of the loss that is known before.
+template <class T, class W>
+struct CrossEntropyWithGrad {
+  W* loss;                // (1)
+  Statistic<T>* stats;    // (2, N)
+  Statistic<T>* divisor;  // (1)
+  T* dx;                  // (N, C)
+  int64_t* invalid;       // (1) as in CrossEntropyForward
+  double dy;              // of the loss
+  const T* x;             // (N, C)
+  const int64_t* target;  // (N)
+  const W* w;             // (C) or null
+  int64_t N, C;
+  int64_t ignore_index;
+  int reduction;  // kMean or kSum
 };
 
 // Classes up to which CUDA has these.
@@ -388,8 +405,8 @@ struct UnpackRows {
 };
 
 // Name of the kernel, name of its arguments. Every line becomes, for each instruction set, an entry of the dispatch table of cpu/isa.cpp
-// (with the pairs of dtypes of FASTFT_CPU_DTYPES), and a function of fastft::cuda.
-#define FASTFT_KERNELS(X)                         \
+// (with the pairs of dtypes of FASTFT_CPU_DTYPES), and a function of fastft::cuda, unless it is of one device alone.
+#define FASTFT_COMMON_KERNELS(X)                  \
   X(linear_act_forward, LinearActForward)         \
   X(linear_act_backward, LinearActBackward)       \
   X(cross_entropy_forward, CrossEntropyForward)   \
@@ -407,9 +424,12 @@ struct UnpackRows {
   X(grad_norm, GradNorm)                          \
   X(scale_grads, ScaleGrads)
 
-// With those that are CUDA's alone.
+#define FASTFT_KERNELS(X)  \
+  FASTFT_COMMON_KERNELS(X) \
+  X(cross_entropy_with_grad, CrossEntropyWithGrad)
+
 #define FASTFT_CUDA_KERNELS(X) \
-  FASTFT_KERNELS(X)            \
+  FASTFT_COMMON_KERNELS(X)     \
   X(pack_rows, PackRows)       \
   X(unpack_rows, UnpackRows)
 

@@ -168,7 +168,7 @@ def test_embedding_has_the_same_bits_on_any_number_of_threads(kernels, suffix):
 
 # (N, C, S): one row; classes in a partial register; several registers and blocks; rows across lanes; spatial; empty
 LOGITS = [(1, 1, 1), (5, 3, 1), (7, 150, 1), (300, 2, 1), (3, 5, 11), (40, 37, 9), (0, 4, 1)]
-IGNORED, SMOOTHING, MEAN = -100, 0.1, 1
+IGNORED, SMOOTHING, MEAN, SUM = -100, 0.1, 1, 2
 
 
 def cross_entropy_inputs(sizes, dtypes, kind, seed):
@@ -233,6 +233,27 @@ def test_cross_entropy_is_numpys_at_any_size(kernels, suffix, kind):
         functools.partial(cross_entropy, kernels, suffix),
         functools.partial(numpy_cross_entropy, suffix),
     )
+
+
+@pytest.mark.parametrize("reduction", [MEAN, SUM])
+@pytest.mark.parametrize("suffix", DTYPES)
+def test_cross_entropy_in_one_pass_has_the_bits_of_two(kernels, suffix, reduction):
+    (T, W), statistic = DTYPES[suffix], np.float64 if suffix == "f64" else np.float32
+    for seed, (N, C) in enumerate([(1, 1), (5, 3), (7, 150), (300, 2), (3, 600), (70, 2049), (0, 4)]):
+        inputs = cross_entropy_inputs((N, C, 1), DTYPES[suffix], "indices", seed)
+        x, target, w, dy = (inputs[name] for name in ("x", "target", "w", "dy"))
+        shapes = ((1,), W), ((2, N), statistic), ((1,), statistic), ((N, C), T)
+        (loss, stats, divisor, dx), invalid = (unwritten(*shape, dtype=kind) for shape, kind in shapes), np.array([7])
+        options = N, C, 1, IGNORED, 0.0, reduction
+        forward = loss, stats, divisor, None, invalid, x, target, None, w, *options
+        loss, stats, divisor, _, invalid, *_ = call(kernels, f"cross_entropy_forward_{suffix}", *forward)
+        backward = dx, None, dy, stats, divisor, x, target, None, w, *options
+        dx, *_ = call(kernels, f"cross_entropy_backward_{suffix}", *backward)
+        outputs = *(unwritten(*shape, dtype=kind) for shape, kind in shapes), np.array([7])
+        both = *outputs, 1.5, x, target, w, N, C, IGNORED, reduction
+        found = call(kernels, f"cross_entropy_with_grad_{suffix}", *both)
+        for one, two in zip(found, (loss, stats, divisor, dx, invalid), strict=False):
+            assert one.tobytes() == two.tobytes()
 
 
 def test_the_first_target_out_of_range_is_reported(kernels):

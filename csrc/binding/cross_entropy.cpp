@@ -1,4 +1,4 @@
-// torch.ops.fastft.cross_entropy_forward / _backward; kernels.h has the shapes. input is (N, C, *): what follows C is
+// torch.ops.fastft.cross_entropy_forward / _backward / _with_grad; kernels.h has the shapes. input is (N, C, *): what follows C is
 // one dimension, S, here. target is int64 for class indices, or has the loss's dtype for probabilities.
 #include "torch.h"
 
@@ -17,6 +17,9 @@ struct Sizes {
     stats = indices && !(label_smoothing > 0) ? 2 : 3;
   }
 };
+
+constexpr char kOutOfRange[] =
+    "holds a class that is out of range";  // functional/cross_entropy.py says which, and where
 
 template <class T, class W>
 CrossEntropyForward<T, W> forward_args(const Tensor& loss, const std::optional<Tensor>& stats,
@@ -81,8 +84,7 @@ void forward_cpu(Tensor loss, std::optional<Tensor> stats, std::optional<Tensor>
                                                    ignore_index, label_smoothing, reduction),
         host);
   });
-  if (invalid >= 0)
-    refuse("target", "holds a class that is out of range");  // functional/cross_entropy.py says which, and where
+  if (invalid >= 0) refuse("target", kOutOfRange);
 }
 
 void backward_cpu(std::optional<Tensor> grad_input, std::optional<Tensor> grad_target, Tensor grad_output, Tensor stats,
@@ -96,6 +98,27 @@ void backward_cpu(std::optional<Tensor> grad_input, std::optional<Tensor> grad_t
                                                     weight, ignore_index, label_smoothing, reduction),
         host);
   });
+}
+
+void with_grad_cpu(Tensor loss, Tensor stats, Tensor divisor, Tensor grad_input, double grad_output, Tensor input,
+                   Tensor target, std::optional<Tensor> weight, int64_t ignore_index, int64_t reduction) {
+  const auto [N, C, S, stats_of_row, indices] = Sizes(input, target, 0.0);
+  if (!indices || input.dim() != 2) refuse("input", "must be (N, C) and target class indices");
+  if (reduction == kNone) refuse("loss", "must be of all rows");
+  int64_t invalid = -1;
+  with_dtypes<false>(input.scalar_type(), loss.scalar_type(), [&](auto types) {
+    using T = typename decltype(types)::T;
+    using W = typename decltype(types)::W;
+    HostLease host;
+    cpu::kernels().cross_entropy_with_grad(
+        CrossEntropyWithGrad<T, W>{
+            pointer<W>(loss, "loss", {}), pointer<Statistic<T>>(stats, "stats", {2, N}),
+            pointer<Statistic<T>>(divisor, "divisor", {}), fresh<T>(grad_input, "grad_input", {N, C}), &invalid,
+            grad_output, pointer<const T>(input, "input", {N, C}), pointer<const int64_t>(target, "target", {N}),
+            pointer<const W>(weight, "weight", {C}), N, C, ignore_index, int(reduction)},
+        host);
+  });
+  if (invalid >= 0) refuse("target", kOutOfRange);
 }
 
 #ifdef FASTFT_WITH_CUDA
@@ -138,10 +161,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastft, m) {
       "cross_entropy_backward(Tensor(a!)? grad_input, Tensor(b!)? grad_target, Tensor grad_output, Tensor stats, "
       "Tensor? divisor, Tensor input, "
       "Tensor target, Tensor? weight, int ignore_index, float label_smoothing, int reduction) -> ()");
+  m.def(
+      "cross_entropy_with_grad(Tensor(a!) loss, Tensor(b!) stats, Tensor(c!) divisor, Tensor(d!) grad_input, float "
+      "grad_output, Tensor input, Tensor target, Tensor? weight, int ignore_index, int reduction) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastft, CPU, m) {
   m.impl("cross_entropy_forward", TORCH_BOX(&forward_cpu));
   m.impl("cross_entropy_backward", TORCH_BOX(&backward_cpu));
+  m.impl("cross_entropy_with_grad", TORCH_BOX(&with_grad_cpu));
 }
 #ifdef FASTFT_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(fastft, CUDA, m) {

@@ -60,6 +60,7 @@ struct ClassRows {
   const int64_t tasks = ceil_div(groups, groups_per_task);
   const bool streams = S == 1 && size_t(count) * C * sizeof(T) > kCached;  // a gradient past the caches
   const F rest = F(1 - p.smoothing), share = F(p.smoothing / double(C));
+  int64_t ahead = kFetched;  // bytes from what a gradient is made of to what is asked for meanwhile
 
   RowGroup group(int64_t i) const {
     const int64_t n = S > 1 ? i / groups_of_n : 0, first = (i - n * groups_of_n) * size;
@@ -156,8 +157,8 @@ struct RowParts {
   int64_t at(int i) const { return i / kStreams * P + i % kStreams * apart; }  // of register i in the order of the walk
 };
 template <class T>
-inline Words<T> fetch_words(const T* p) {
-  __builtin_prefetch(reinterpret_cast<const char*>(p) + kFetched);
+inline Words<T> fetch_words(const T* p, int64_t ahead = kFetched) {
+  __builtin_prefetch(reinterpret_cast<const char*>(p) + ahead);
   return load_words(p);
 }
 

@@ -8,12 +8,19 @@ from fastft.functional import _autograd, _choice
 
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # enum Reduction of csrc/kernels.h
 
+# Logits and classes from which on a row's gradient is made in the forward, while a cache has the row, for what the last
+# two gradients of losses were: 1, mostly. Where the next one is another, it is made again.
+_FORESEEN_LOGITS, _FORESEEN_CLASSES = 1 << 20, 1024
+_seen = (1.0, 1.0)
+
 
 def cross_entropy(input, target, weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0):
     """Softmax cross-entropy, as torch.nn.functional.cross_entropy, one pass over the logits and one for the gradient.
 
-    Of the forward, two numbers of a row are kept for the backward (three with soft targets). Under autocast the loss is
-    float32; the logits are read in the dtype they have. float64 on the CPU and small inputs are PyTorch's.
+    Of the forward, two numbers of a row are kept for the backward (three with soft targets). On the CPU the gradient
+    of a vocabulary's logits is made in the forward, where the loss's own gradient can be foreseen (it is 1, or what it
+    was twice), and kept until it is asked for. Under autocast the loss is float32; the logits are read in the dtype
+    they have. float64 on the CPU and small inputs are PyTorch's.
 
     Args:
         input: logits, ``(C,)``, ``(N, C)`` or ``(N, C, d1, …)``, float32, bfloat16 or float64 (float16 on CUDA).
@@ -210,13 +217,17 @@ def _like(dense, tensor, classes_last):
     return dense.view(tensor.shape)
 
 
+def _statistic(input):
+    return torch.float64 if input.dtype == torch.float64 else torch.float32
+
+
 def forward(input, target, weight, dtype, options, keep):
     """The loss, and what the backward needs of the rows: ``stats``, and the divisor of a mean."""
     _, label_smoothing, reduction = options
     probabilities, last = target.is_floating_point(), _classes_last(input)
     logits = _dense(input, last)
     rows = logits.numel() // logits.shape[1]
-    statistic = torch.float64 if input.dtype == torch.float64 else torch.float32
+    statistic = _statistic(input)
     shape = () if reduction or input.ndim == 1 else input.shape[:1] + input.shape[2:]
     loss = input.new_empty(shape, dtype=dtype)
     stats = input.new_empty((3 if probabilities or label_smoothing else 2, rows), dtype=statistic) if keep else None
@@ -248,7 +259,11 @@ def backward(options, stats, divisor, wanted, grad_output, input, target, weight
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, target, weight, dtype, options):
-        loss, stats, divisor = forward(input, target, weight, dtype, options, keep=True)
+        ctx.foreseen = None
+        if _can_be_foreseen(input, target, options):
+            loss, stats, divisor, *ctx.foreseen = _with_grad(input, target, weight, dtype, options)
+        else:
+            loss, stats, divisor = forward(input, target, weight, dtype, options, keep=True)
         ctx.dtype, ctx.options = dtype, options
         ctx.save_for_backward(input, target, weight, stats, divisor)
         return loss
@@ -256,9 +271,60 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         *tensors, stats, divisor = ctx.saved_tensors
-        kernel = functools.partial(backward, ctx.options, stats, divisor, _autograd.wanted(ctx, slice(2)))
+        wanted = _autograd.wanted(ctx, slice(2))
+        foreseen, ctx.foreseen = ctx.foreseen, None  # whose gradient is the caller's from now on
+
+        def kernel(grad_output, input, target, weight):
+            if wanted[0] and _is_as_foreseen(grad_output, foreseen, input, target, ctx.options):
+                return foreseen[1], None, None
+            return backward(ctx.options, stats, divisor, wanted, grad_output, input, target, weight)
+
         composition = functools.partial(_composition, ctx.dtype, ctx.options)
         return *_autograd.gradients(kernel, composition, grad_output, *tensors), None, None
+
+
+def _is_long(input, target, options):
+    """Whether making the gradient in the forward would pay."""
+    _, label_smoothing, reduction = options
+    return (
+        not torch.compiler.is_compiling()
+        and input.is_cpu
+        and input.dim() == 2
+        and input.shape[1] >= _FORESEEN_CLASSES
+        and input.numel() >= _FORESEEN_LOGITS
+        and reduction > 0
+        and not label_smoothing
+        and not target.is_floating_point()
+    )
+
+
+def _can_be_foreseen(input, target, options):
+    if not (_is_long(input, target, options) and _seen[0] == _seen[1]):
+        return False
+    # Who takes saved tensors elsewhere, as checkpoints do, would not want another one of that size to be kept.
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+
+
+def _is_as_foreseen(grad_output, foreseen, input, target, options):
+    global _seen
+    if not _is_long(input, target, options):
+        return False
+    _seen = _seen[1], grad_output.item()
+    return foreseen is not None and foreseen[0] == _seen[1]
+
+
+def _with_grad(input, target, weight, dtype, options):
+    """The loss, what a backward needs, and the gradient of input for the foreseen gradient of the loss, and that."""
+    ignore_index, _, reduction = options
+    logits = input.contiguous()
+    loss = input.new_empty((), dtype=dtype)
+    stats = input.new_empty((2, len(input)), dtype=_statistic(input))
+    divisor, grad_input = stats.new_empty(()), torch.empty_like(logits)
+    weight = None if weight is None else weight.contiguous()
+    torch.ops.fastft.cross_entropy_with_grad(
+        loss, stats, divisor, grad_input, _seen[1], logits, target.contiguous(), weight, ignore_index, reduction
+    )
+    return loss, stats, divisor if reduction == _REDUCTIONS["mean"] else None, _seen[1], grad_input
 
 
 def _composition(dtype, options, input, target, weight):

@@ -74,6 +74,7 @@ class OpSpec:
     bytes: Callable[..., float]  # that the forward must move
     gradients: Mapping[str, Callable[..., float]] = field(default_factory=dict)  # differentiable argument -> its FLOPs
     backward_bytes: Callable[..., float] = lambda *_: 0.0  # that all gradients together must move
+    train_bytes: Callable[..., float] | None = None  # that forward and backward must, if that is less than their sum
     dtypes: tuple[torch.dtype, ...] = FLOATS
     grid: Callable[..., Iterator[Sample]] | None = None  # (t, rows=…): sizes where it must never be slower; not tested
     name: str = ""  # the op's, unless given
