@@ -134,6 +134,9 @@ Partition partition(int64_t M, int64_t N, int tile_rows, int tile_cols, RowsOfA 
                 least_cols = ceil_div(best.panels, kBlockCols / tile_cols);
   double best_time = 1e300;
   for (tried.col_blocks = least_cols; tried.col_blocks <= best.panels; ++tried.col_blocks) {
+    const bool alone = tried.col_blocks == 1;
+    const auto panels = double(best.panels) / double(tried.col_blocks), most_panels = double(tried.block_panels());
+    const double before = a == RowsOfA::kPacked && !alone ? kPackAWork * double(best.tiles) / threads : 0;
     // Only as many tasks as just fill one more round of all threads: the others in between are not worth the time of asking, which all threads wait for.
     int64_t rounds = ceil_div(least_rows * tried.col_blocks, threads);
     const int64_t most_rounds = rounds + 3 > kTasksPerThread ? rounds + 3 : kTasksPerThread;
@@ -143,12 +146,8 @@ Partition partition(int64_t M, int64_t N, int tile_rows, int tile_cols, RowsOfA 
       if (tried.row_blocks < least_rows) tried.row_blocks = least_rows;
       // Time of the busiest thread in tiles, tasks going in order to whoever is free: rounds of average tasks and a last one of the largest; half a task more
       // is what a thread waits for at the end, since cores differ in speed from moment to moment.
-      const double average = task_work(double(best.tiles) / double(tried.row_blocks),
-                                       double(best.panels) / double(tried.col_blocks), a, tried.col_blocks == 1);
-      const double largest =
-          task_work(double(tried.block_tiles()), double(tried.block_panels()), a, tried.col_blocks == 1);
-      const double before =
-          a == RowsOfA::kPacked && tried.col_blocks > 1 ? kPackAWork * double(best.tiles) / threads : 0;
+      const double average = task_work(double(best.tiles) / double(tried.row_blocks), panels, a, alone);
+      const double largest = task_work(double(tried.block_tiles()), most_panels, a, alone);
       const double time =
           before + average * (double(ceil_div(tried.blocks(), threads) - 1) + (threads > 1 ? 0.5 : 0)) + largest;
       if (time < best_time * 0.999) best_time = time, best = tried;

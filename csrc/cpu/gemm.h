@@ -35,8 +35,8 @@ template <class T, class TA, class TB>
 void gemm(int64_t M, int64_t N, int64_t K, Operand<TA> a, Operand<TB> b,
           Epilogue<typename TileFor<T>::type::Acc> epilogue, const Host& host);
 
-// How C is cut into tasks: a grid of row_blocks x col_blocks, each of whole tiles and as near to equal as whole tiles can be. The last `cut` blocks are
-// `pieces` tasks each, so that no thread waits for a whole block of another at the end.
+// How C is cut into tasks: a grid of row_blocks x col_blocks, each of whole tiles and as near to equal as whole tiles can be, the larger ones first: what is
+// left at the end is small. The last `cut` blocks are `pieces` tasks each, so that no thread waits for a whole block of another.
 struct Partition {
   int64_t tiles, panels;  // of C: ceil(M / kTileRows), ceil(N / kTileCols)
   int64_t row_blocks, col_blocks;
@@ -53,13 +53,15 @@ struct Partition {
   Range range(int64_t task) const {
     const int64_t whole = blocks() - cut, block = task < whole ? task : whole + (task - whole) / pieces;
     const int64_t row = block / col_blocks, col = block % col_blocks;
-    Range range = {row * tiles / row_blocks, (row + 1) * tiles / row_blocks, col * panels / col_blocks,
-                   (col + 1) * panels / col_blocks};
+    Range range = {begin(tiles, row_blocks, row), begin(tiles, row_blocks, row + 1), begin(panels, col_blocks, col),
+                   begin(panels, col_blocks, col + 1)};
     if (task < whole) return range;
     const int64_t piece = (task - whole) % pieces, first = range.first_panel, width = range.last_panel - first;
-    range.first_panel = first + piece * width / pieces, range.last_panel = first + (piece + 1) * width / pieces;
+    range.first_panel = first + begin(width, pieces, piece), range.last_panel = first + begin(width, pieces, piece + 1);
     return range;
   }
+  // Of part i of n things in equal parts, of which the first are larger by one where they must.
+  static int64_t begin(int64_t n, int64_t parts, int64_t i) { return n / parts * i + (i < n % parts ? i : n % parts); }
 };
 enum class RowsOfA { kCopied, kPacked, kInPlace };  // by every task; by all before, or by the task that alone has them
 Partition partition(int64_t M, int64_t N, int tile_rows, int tile_cols, RowsOfA a, int threads);
