@@ -35,8 +35,8 @@ template <class T, class TA, class TB>
 void gemm(int64_t M, int64_t N, int64_t K, Operand<TA> a, Operand<TB> b,
           Epilogue<typename TileFor<T>::type::Acc> epilogue, const Host& host);
 
-// How C is cut into tasks: a grid of row_blocks x col_blocks, each of whole tiles and as near to equal as whole tiles can be, the larger ones first: what is
-// left at the end is small. The last `cut` blocks are `pieces` tasks each, so that no thread waits for a whole block of another.
+// How C is cut into tasks: a grid of row_blocks x col_blocks, each of whole tiles and as near to equal as whole tiles can be. So that no thread waits for a
+// whole block of another at the end, the last `cut` blocks are `pieces` tasks each; where blocks are too thin for that, the larger ones come first.
 struct Partition {
   int64_t tiles, panels;  // of C: ceil(M / kTileRows), ceil(N / kTileCols)
   int64_t row_blocks, col_blocks;
