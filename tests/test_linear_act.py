@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from fastft import activations
+from fastft import _library, activations
 from fastft.functional import _choice, linear_act
 from fastft.functional.linear_act import backward, reference
 from fastft.nn import MLP, LinearAct
@@ -216,3 +216,24 @@ def test_modules_have_torchs_parameters():
     assert "activation=gelu_tanh" in repr(layer)
     assert MLP(3, 8, activation="silu")(torch.ones(2, 5, 3)).shape == (2, 5, 3)
     assert list(MLP(3, 8, 2, bias=False).state_dict()) == ["up.weight", "down.weight"]
+
+
+@pytest.mark.skipif(not _library.available(), reason=f"no native library: {_library.why_not()}")
+@pytest.mark.parametrize("wide", ("grad_output", "input"))
+def test_a_weight_gradient_has_the_same_bits_wherever_its_operands_lie(wide, each_isa):
+    """Of 25 MB in pages of 4 KB, which are packed, beside one that is not; of each half neither is."""
+    generator = torch.Generator().manual_seed(0)
+    large, small = (torch.randn(2100, width, generator=generator) for width in (3008, 32))
+
+    def weight_gradient(large):
+        grad_output, input = (large, small) if wide == "grad_output" else (small, large)
+        weight = torch.empty(grad_output.shape[1], input.shape[1])
+        found = torch.empty_like(weight)
+        torch.ops.fastft.linear_act_backward(None, found, None, grad_output, None, input, weight, 0, None, None)
+        return found
+
+    halves = [weight_gradient(half.contiguous()) for half in large.chunk(2, 1)]
+    whole = weight_gradient(large)
+    assert torch.equal(whole, torch.cat(halves, 0 if wide == "grad_output" else 1))
+    expected = (large.double().mT @ small.double()).float()
+    torch.testing.assert_close(whole if wide == "grad_output" else whole.mT, expected, rtol=1e-4, atol=1e-3)
