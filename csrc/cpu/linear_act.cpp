@@ -6,7 +6,8 @@
 //             Where x = act(x_preact), the gradient of x_preact is made of each tile of dx, and no dz by the layer before.
 // Tried: the registers that a tile streams written one in each step of the next tile, 0.97 to 1 of the speed; dz and its
 //   columns' sums made while dz is packed for dw, 0.87 to 1.005 (a pass of its own hides act' behind memory); db by the
-//   tasks of dw, 1 in fp32 and 0.98 in bf16.
+//   tasks of dw, 1 in fp32 and 0.98 in bf16; x of a bf16 dw from where it lies, its rows interleaved in registers by each
+//   tile, 0.98 to 1.02; sums of 256 units of depth in place of 192, 1.
 // Products accumulate in fp32 (fp64 for fp64) and are rounded once, at the store; dz is rounded to T, as PyTorch's is.
 #include <type_traits>
 
