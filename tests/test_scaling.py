@@ -1,5 +1,6 @@
 """How a product is cut for more threads than this machine has, asked without running it."""
 
+import itertools
 import json
 import sys
 
@@ -41,11 +42,13 @@ def test_the_parts_are_the_whole_whatever_the_number_of_threads(each_isa, dtype)
 
 @pytest.mark.parametrize("path", scaling.PASSES)
 def test_every_thread_of_a_large_machine_has_its_share(each_isa, path):
-    """4096 tokens of BERT-base: the busiest of 64 threads does at most 1.10 times what they do on average."""
-    for layer in scaling.LAYERS["bert-base"]:
-        for dtype in scaling.DTYPES:
-            found = scaling.share(scaling.product(path, 4096, *layer), dtype, 64, flops_per_s=1e11)
-            assert found["busiest"] <= 1.10, (layer, dtype)
+    """4096 tokens: the busiest of 64 threads does at most 1.10 times what they do on average, and of 128 with AVX-512's
+    tiles. MiniLM's 384 -> 384 has too few tiles for that."""
+    threads = (64, 128) if each_isa.startswith("avx512") else (64,)
+    layers = [layer for layers in scaling.LAYERS.values() for layer in layers if layer != (384, 384)]
+    for layer, dtype, number in itertools.product(layers, scaling.DTYPES, threads):
+        found = scaling.share(scaling.product(path, 4096, *layer), dtype, number, flops_per_s=1e11)
+        assert found["busiest"] <= 1.10, (layer, dtype, number)
 
 
 def test_nothing_to_compute_is_no_task():

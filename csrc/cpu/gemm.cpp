@@ -296,7 +296,7 @@ class Product {
     Block block, next;  // next: probably this thread's
     int64_t tiles;
     Acc* c;
-    Unit* rows_of_a;  // copied; null where A is packed
+    Unit* rows_of_a;  // copied, or packed by this task; null where A is packed before
     Unit* own_b;      // with plan.own, else null
   };
   struct Step {  // a block of depth, [from, to), of a task's panel

@@ -60,8 +60,10 @@ struct Partition {
     range.first_panel = first + begin(width, pieces, piece), range.last_panel = first + begin(width, pieces, piece + 1);
     return range;
   }
-  // Of part i of n things in equal parts, of which the first are larger by one where they must.
-  static int64_t begin(int64_t n, int64_t parts, int64_t i) { return n / parts * i + (i < n % parts ? i : n % parts); }
+  // Of part i of n things.
+  int64_t begin(int64_t n, int64_t parts, int64_t i) const {
+    return cut ? i * n / parts : n / parts * i + (i < n % parts ? i : n % parts);
+  }
 };
 enum class RowsOfA { kCopied, kPacked, kInPlace };  // by every task; by all before, or by the task that alone has them
 Partition partition(int64_t M, int64_t N, int tile_rows, int tile_cols, RowsOfA a, int threads);
