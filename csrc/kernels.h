@@ -141,7 +141,7 @@ template <class T, class W>
 struct CrossEntropyWithGrad {
   W* loss;                // (1)
   Statistic<T>* stats;    // (2, N)
-  Statistic<T>* divisor;  // (1)
+  Statistic<T>* divisor;  // (1) or null
   T* dx;                  // (N, C)
   int64_t* invalid;       // (1) as in CrossEntropyForward
   double dy;              // of the loss
@@ -405,7 +405,7 @@ struct UnpackRows {
 };
 
 // Name of the kernel, name of its arguments. Every line becomes, for each instruction set, an entry of the dispatch table of cpu/isa.cpp
-// (with the pairs of dtypes of FASTFT_CPU_DTYPES), and a function of fastft::cuda, unless it is of one device alone.
+// (with the pairs of dtypes of FASTFT_CPU_DTYPES), and a function of fastft::cuda.
 #define FASTFT_COMMON_KERNELS(X)                  \
   X(linear_act_forward, LinearActForward)         \
   X(linear_act_backward, LinearActBackward)       \
@@ -424,6 +424,7 @@ struct UnpackRows {
   X(grad_norm, GradNorm)                          \
   X(scale_grads, ScaleGrads)
 
+// With those that are one device's alone.
 #define FASTFT_KERNELS(X)  \
   FASTFT_COMMON_KERNELS(X) \
   X(cross_entropy_with_grad, CrossEntropyWithGrad)

@@ -1,5 +1,5 @@
-// torch.ops.fastft.cross_entropy_forward / _backward / _with_grad; kernels.h has the shapes. input is (N, C, *): what follows C is
-// one dimension, S, here. target is int64 for class indices, or has the loss's dtype for probabilities.
+// torch.ops.fastft.cross_entropy_forward / _backward / _with_grad; kernels.h has the shapes. input is (N, C, *): what
+// follows C is one dimension, S, here. target is int64 for class indices, or has the loss's dtype for probabilities.
 #include "torch.h"
 
 namespace fastft::binding {
@@ -100,8 +100,8 @@ void backward_cpu(std::optional<Tensor> grad_input, std::optional<Tensor> grad_t
   });
 }
 
-void with_grad_cpu(Tensor loss, Tensor stats, Tensor divisor, Tensor grad_input, double grad_output, Tensor input,
-                   Tensor target, std::optional<Tensor> weight, int64_t ignore_index, int64_t reduction) {
+void with_grad_cpu(Tensor loss, Tensor stats, std::optional<Tensor> divisor, Tensor grad_input, double grad_output,
+                   Tensor input, Tensor target, std::optional<Tensor> weight, int64_t ignore_index, int64_t reduction) {
   const auto [N, C, S, stats_of_row, indices] = Sizes(input, target, 0.0);
   if (!indices || input.dim() != 2) refuse("input", "must be (N, C) and target class indices");
   if (reduction == kNone) refuse("loss", "must be of all rows");
@@ -162,7 +162,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastft, m) {
       "Tensor? divisor, Tensor input, "
       "Tensor target, Tensor? weight, int ignore_index, float label_smoothing, int reduction) -> ()");
   m.def(
-      "cross_entropy_with_grad(Tensor(a!) loss, Tensor(b!) stats, Tensor(c!) divisor, Tensor(d!) grad_input, float "
+      "cross_entropy_with_grad(Tensor(a!) loss, Tensor(b!) stats, Tensor(c!)? divisor, Tensor(d!) grad_input, float "
       "grad_output, Tensor input, Tensor target, Tensor? weight, int ignore_index, int reduction) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastft, CPU, m) {

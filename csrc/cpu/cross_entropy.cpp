@@ -538,7 +538,7 @@ void with_grad(const CrossEntropyWithGrad<T, T>& p, bool is_float, const Host& h
                                                 p.x,    p.target, nullptr,        p.w,     p.N,
                                                 p.C,    1,        p.ignore_index, 0.0,     p.reduction};
   const ClassRows<T, CrossEntropyForward<T, T>, 1> rows{of_forward, is_float};
-  const F divisor = divisor_of(rows);
+  const F divisor = p.reduction == kMean ? divisor_of(rows) : F(1);
   const float dy_float = float(p.dy);
   const T dy_own = from_float<T>(F(p.dy)), *const dy = is_float ? reinterpret_cast<const T*>(&dy_float) : &dy_own;
   const CrossEntropyBackward<T, T> of_backward = {p.dx, nullptr, dy,  p.stats, &divisor,       p.x, p.target,   nullptr,

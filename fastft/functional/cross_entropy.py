@@ -217,17 +217,14 @@ def _like(dense, tensor, classes_last):
     return dense.view(tensor.shape)
 
 
-def _statistic(input):
-    return torch.float64 if input.dtype == torch.float64 else torch.float32
-
-
-def forward(input, target, weight, dtype, options, keep):
-    """The loss, and what the backward needs of the rows: ``stats``, and the divisor of a mean."""
+def forward(input, target, weight, dtype, options, keep, foreseen=None):
+    """The loss, and what the backward needs of the rows: ``stats``, and the divisor of a mean; where the loss's own
+    gradient is ``foreseen``, that of input, too."""
     _, label_smoothing, reduction = options
     probabilities, last = target.is_floating_point(), _classes_last(input)
     logits = _dense(input, last)
     rows = logits.numel() // logits.shape[1]
-    statistic = _statistic(input)
+    statistic = torch.float64 if input.dtype == torch.float64 else torch.float32
     shape = () if reduction or input.ndim == 1 else input.shape[:1] + input.shape[2:]
     loss = input.new_empty(shape, dtype=dtype)
     stats = input.new_empty((3 if probabilities or label_smoothing else 2, rows), dtype=statistic) if keep else None
@@ -235,8 +232,14 @@ def forward(input, target, weight, dtype, options, keep):
     row_loss = input.new_empty(rows, dtype=statistic) if reduction and input.is_cuda else None
     target = _dense(target, last) if probabilities else target.contiguous()
     weight = None if weight is None else weight.contiguous()
-    torch.ops.fastft.cross_entropy_forward(loss, stats, divisor, row_loss, logits, target, weight, *options)
-    return loss, stats, divisor
+    if foreseen is None:
+        torch.ops.fastft.cross_entropy_forward(loss, stats, divisor, row_loss, logits, target, weight, *options)
+        return loss, stats, divisor, None
+    grad_input, ignore_index = torch.empty_like(logits), options[0]
+    torch.ops.fastft.cross_entropy_with_grad(
+        loss, stats, divisor, grad_input, foreseen, logits, target, weight, ignore_index, reduction
+    )
+    return loss, stats, divisor, grad_input
 
 
 def backward(options, stats, divisor, wanted, grad_output, input, target, weight):
@@ -259,11 +262,9 @@ def backward(options, stats, divisor, wanted, grad_output, input, target, weight
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, target, weight, dtype, options):
-        ctx.foreseen = None
-        if _can_be_foreseen(input, target, options):
-            loss, stats, divisor, *ctx.foreseen = _with_grad(input, target, weight, dtype, options)
-        else:
-            loss, stats, divisor = forward(input, target, weight, dtype, options, keep=True)
+        foreseen = _foreseen(input, target, options)
+        loss, stats, divisor, grad_input = forward(input, target, weight, dtype, options, keep=True, foreseen=foreseen)
+        ctx.foreseen = foreseen, grad_input
         ctx.dtype, ctx.options = dtype, options
         ctx.save_for_backward(input, target, weight, stats, divisor)
         return loss
@@ -272,11 +273,11 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_output):
         *tensors, stats, divisor = ctx.saved_tensors
         wanted = _autograd.wanted(ctx, slice(2))
-        foreseen, ctx.foreseen = ctx.foreseen, None  # whose gradient is the caller's from now on
+        (foreseen, grad_input), ctx.foreseen = ctx.foreseen, (None, None)  # the gradient is the caller's from now on
 
         def kernel(grad_output, input, target, weight):
-            if wanted[0] and _is_as_foreseen(grad_output, foreseen, input, target, ctx.options):
-                return foreseen[1], None, None
+            if wanted[0] and _is_long(input, target, ctx.options) and _see(grad_output) == foreseen:
+                return grad_input, None, None
             return backward(ctx.options, stats, divisor, wanted, grad_output, input, target, weight)
 
         composition = functools.partial(_composition, ctx.dtype, ctx.options)
@@ -298,33 +299,19 @@ def _is_long(input, target, options):
     )
 
 
-def _can_be_foreseen(input, target, options):
+def _foreseen(input, target, options):
+    """What the gradient of the loss will be, or None where the gradient of input is left to the backward."""
     if not (_is_long(input, target, options) and _seen[0] == _seen[1]):
-        return False
+        return None
     # Who takes saved tensors elsewhere, as checkpoints do, would not want another one of that size to be kept.
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+    return _seen[1] if torch._C._autograd._top_saved_tensors_default_hooks(True) is None else None
 
 
-def _is_as_foreseen(grad_output, foreseen, input, target, options):
+def _see(grad_output):
+    """The gradient of a loss as a number, which is taken note of."""
     global _seen
-    if not _is_long(input, target, options):
-        return False
     _seen = _seen[1], grad_output.item()
-    return foreseen is not None and foreseen[0] == _seen[1]
-
-
-def _with_grad(input, target, weight, dtype, options):
-    """The loss, what a backward needs, and the gradient of input for the foreseen gradient of the loss, and that."""
-    ignore_index, _, reduction = options
-    logits = input.contiguous()
-    loss = input.new_empty((), dtype=dtype)
-    stats = input.new_empty((2, len(input)), dtype=_statistic(input))
-    divisor, grad_input = stats.new_empty(()), torch.empty_like(logits)
-    weight = None if weight is None else weight.contiguous()
-    torch.ops.fastft.cross_entropy_with_grad(
-        loss, stats, divisor, grad_input, _seen[1], logits, target.contiguous(), weight, ignore_index, reduction
-    )
-    return loss, stats, divisor if reduction == _REDUCTIONS["mean"] else None, _seen[1], grad_input
+    return _seen[1]
 
 
 def _composition(dtype, options, input, target, weight):

@@ -173,7 +173,7 @@ def _forward(input, linear_weight, linear_bias, target, weight, dtype, options, 
     stats = input.new_empty((3 if options[1] else 2, len(input)), dtype=summed) if keep else None
     for rows in _chunks(input, linear_weight, dtype):
         logits, _ = linear_forward(input[rows], linear_weight, linear_bias, 0, dtype, keep=False)
-        losses[rows], own, _ = loss_forward(logits, target[rows], weight, summed, (*options, 0), keep)
+        losses[rows], own, *_ = loss_forward(logits, target[rows], weight, summed, (*options, 0), keep)
         if keep:
             stats[:, rows] = own
     return losses, stats
