@@ -69,7 +69,7 @@ InPlace depth_major_in_place(int64_t M, int64_t N, int64_t K, Operand<TA> a, Ope
 }
 
 // Asks for part `slice` of `slices` of a task's rows of A, units [from, to) of depth, as far as there are any: needed when
-// the depth before it is done, they would otherwise wait for memory: 1 to 4 % of the product.
+// the depth before it is done, tiles would otherwise wait for memory: 1 to 4 % of the product.
 template <class Tile, class T>
 void prefetch_rows(Operand<T> a, int64_t K, int64_t row, int64_t rows, int64_t from, int64_t to, int64_t slice,
                    int64_t slices) {
@@ -357,7 +357,7 @@ class Product {
     const int cols = cols_of(index);
     const Step step = {panel, from, to, in_place.b ? nullptr : plan.own ? task.own_b : packed + place};
     if (plan.own) pack_b(step.packed - place, {index, index + 1, from, to}, false);
-    if (!a.depth_major) {
+    if (!a.depth_major && !copies_fetched(task)) {
       const bool same = to < depth;
       const Block& block = same ? task.block : task.next;
       prefetch_rows<Tile>(a, K, block.row, block.rows, same ? to : 0, same ? to + kDepth : kDepth, panel,
@@ -423,20 +423,19 @@ class Product {
     return reinterpret_cast<const char*>(row + outer) + line / Tile::kPair * 64;
   }
 
+  // Whether tiles fetch the rows that are copied next. Of a panel's burst (prefetch_rows) the CPU drops most, and copying
+  // waits for memory: 1 to 4 % of the product. Rows in place have all of a task's time to come.
+  bool copies_fetched(const Task& task) const { return !rows_in_place && task.tiles > kPanelLines<Tile>; }
+
   // What tile t of a panel asks for: B's next block is on its way after kPanelLines tiles, the last of the others fetch A's.
   Fetch fetch_of(const Task& task, const Step& step, int64_t t) const {
     constexpr int kLines = kPanelLines<Tile>;
     const bool last_depth = step.to == depth;
-    if (a.depth_major && t >= kLines) {
-      const Block& block = last_depth ? task.next : task.block;
-      const int64_t from = last_depth ? 0 : step.to;
+    if (t >= kLines && (a.depth_major || copies_fetched(task))) {
       const int64_t left = (task.block.panels - 1 - step.panel) * (task.tiles - kLines) + task.tiles - 1 - t;
-      if (!packs_a && left < Tile::kPair * (block.rows * int64_t(sizeof(TA)) / 64 + 1))
-        return {line_of_step(a, from, block.row, left), Tile::kPair * row_bytes(a)};
-      if (packs_a && left < ceil_div(block.rows, kTileRows))
-        return {
-            reinterpret_cast<const char*>(packed_a + (block.row / kTileRows + left) * a_panel_size + from * kPanelRows),
-            64};
+      const Block& block = last_depth ? task.next : task.block;
+      const Fetch of_a = fetch_of_a(block, last_depth ? 0 : step.to, left, step.to - step.from);
+      if (of_a.line) return of_a;
     }
     const bool last_panel = step.panel + 1 == task.block.panels, last_block = last_panel && last_depth;
     const int64_t panel = last_block ? task.next.panel : task.block.panel + (last_panel ? 0 : step.panel + 1);
@@ -446,6 +445,27 @@ class Product {
               64};
     constexpr int64_t kLinesOfStep = Tile::kPair * ceil_div(kCols * int64_t(sizeof(TB)), 64);
     return {line_of_step(b, from, panel * kCols, t % kLinesOfStep), Tile::kPair * row_bytes(b)};
+  }
+
+  // Lines of A's next rows, from unit `from` of depth on, for the last tile but `left` before they are needed, of so many
+  // steps; a null line if there are none left.
+  Fetch fetch_of_a(const Block& block, int64_t from, int64_t left, int64_t steps) const {
+    if (packs_a) {
+      if (left >= ceil_div(block.rows, kTileRows)) return {};
+      const Unit* const next = packed_a + (block.row / kTileRows + left) * a_panel_size + from * kPanelRows;
+      return {reinterpret_cast<const char*>(next), 64};
+    }
+    if (a.depth_major) {
+      if (left >= Tile::kPair * (block.rows * int64_t(sizeof(TA)) / 64 + 1)) return {};
+      return {line_of_step(a, from, block.row, left), Tile::kPair * row_bytes(a)};
+    }
+    const int64_t units = from + kDepth < depth ? kDepth : depth - from;
+    const char* const run = bytes_of_a(block.row, from * Tile::kPair);
+    const bool whole_lines = (uintptr_t(run) | uintptr_t(row_bytes(a))) % 64 == 0;
+    const int64_t lines = ceil_div(units * Tile::kPair * int64_t(sizeof(TA)), 64) + !whole_lines;
+    const int64_t row = left / lines * steps;  // a line of each row, then of the next rows
+    if (row >= block.rows) return {};
+    return {run + row * row_bytes(a) + left % lines * 64, row_bytes(a)};
   }
 
   void finish(const Acc* c_tile, int64_t row, int64_t col, int live, int cols) const {

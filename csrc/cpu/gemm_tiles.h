@@ -112,8 +112,8 @@ struct PanelInPlace {
 };
 
 struct Fetch {  // of which a line is asked for in each step
-  const char* line;
-  int64_t stride;  // bytes
+  const char* line = nullptr;
+  int64_t stride = 0;  // bytes
 };
 
 template <class Tile, int kRows, int kOutStride = kTileCols<Tile>, class Rows, class Panel>
@@ -147,9 +147,9 @@ void tile(typename Tile::Acc* __restrict c, Rows a, Panel b, int64_t depth, bool
 // The tile for 1 <= rows <= kTileRows: the smallest of a few sizes that holds them.
 template <class Tile, int kRowStride, int kDepthStride, int kOutStride = kTileCols<Tile>, class Panel>
 void tile_of_rows(int rows, typename Tile::Acc* c, const typename Tile::Unit* copied, Panel b, int64_t depth, bool add,
-                  Fetch fetch = {nullptr, 0}) {
+                  Fetch fetch = {}) {
   const CopiedRows<typename Tile::Unit, kRowStride, kDepthStride> a{copied};
-  if (!fetch.line) fetch = {reinterpret_cast<const char*>(b.b), 0};  // a line that is there
+  if (!fetch.line) fetch = {reinterpret_cast<const char*>(b.b)};  // a line that is there
   if (rows > kTileRows * 4 / 7) return tile<Tile, kTileRows, kOutStride>(c, a, b, depth, add, fetch);
   if constexpr (kTileRows > 8)
     if (rows > 4) return tile<Tile, 8, kOutStride>(c, a, b, depth, add, fetch);
