@@ -157,6 +157,8 @@ Partition partition(int64_t M, int64_t N, int tile_rows, int tile_cols, RowsOfA 
     if (tried.col_blocks * least_rows >= kTasksPerThread * threads) break;
   }
   // Cores that differ in speed would else wait for each other's whole blocks: training steps of 2048 tokens gain 0.6 %.
+  // Where a block packs its rows of A, each of its pieces would: bf16 weight gradients gain 1 to 2 % without.
+  if (a == RowsOfA::kPacked && best.col_blocks == 1) return best;
   const int64_t thin = best.block_panels() / kPiecePanels;
   if (threads > 1 && best.blocks() >= 2 * threads && thin > 1)
     best.cut = threads, best.pieces = thin < kPieces ? thin : kPieces;
@@ -450,22 +452,24 @@ class Product {
   // Lines of A's next rows, from unit `from` of depth on, for the last tile but `left` before they are needed, of so many
   // steps; a null line if there are none left.
   Fetch fetch_of_a(const Block& block, int64_t from, int64_t left, int64_t steps) const {
+    const int64_t units = from + kDepth < depth ? kDepth : depth - from;
+    if (units == 0) return {};  // K is 0
+    if (!a.depth_major) {
+      const char* const run = bytes_of_a(block.row, from * Tile::kPair);
+      const bool whole_lines = (uintptr_t(run) | uintptr_t(row_bytes(a))) % 64 == 0;
+      const int64_t lines = ceil_div(units * Tile::kPair * int64_t(sizeof(TA)), 64) + !whole_lines;
+      const int64_t row = left / lines * steps;  // a line of each row, then of the next rows
+      if (row >= block.rows) return {};
+      return {run + row * row_bytes(a) + left % lines * 64, row_bytes(a)};
+    }
+    const int64_t parts = ceil_div(units, steps), line = left / parts, unit = from + left % parts * steps;
     if (packs_a) {
-      if (left >= ceil_div(block.rows, kTileRows)) return {};
-      const Unit* const next = packed_a + (block.row / kTileRows + left) * a_panel_size + from * kPanelRows;
+      if (line >= ceil_div(block.rows, kTileRows)) return {};
+      const Unit* const next = packed_a + (block.row / kTileRows + line) * a_panel_size + unit * kPanelRows;
       return {reinterpret_cast<const char*>(next), 64};
     }
-    if (a.depth_major) {
-      if (left >= Tile::kPair * (block.rows * int64_t(sizeof(TA)) / 64 + 1)) return {};
-      return {line_of_step(a, from, block.row, left), Tile::kPair * row_bytes(a)};
-    }
-    const int64_t units = from + kDepth < depth ? kDepth : depth - from;
-    const char* const run = bytes_of_a(block.row, from * Tile::kPair);
-    const bool whole_lines = (uintptr_t(run) | uintptr_t(row_bytes(a))) % 64 == 0;
-    const int64_t lines = ceil_div(units * Tile::kPair * int64_t(sizeof(TA)), 64) + !whole_lines;
-    const int64_t row = left / lines * steps;  // a line of each row, then of the next rows
-    if (row >= block.rows) return {};
-    return {run + row * row_bytes(a) + left % lines * 64, row_bytes(a)};
+    if (line >= Tile::kPair * (block.rows * int64_t(sizeof(TA)) / 64 + 1)) return {};
+    return {line_of_step(a, unit, block.row, line), Tile::kPair * row_bytes(a)};
   }
 
   void finish(const Acc* c_tile, int64_t row, int64_t col, int live, int cols) const {
