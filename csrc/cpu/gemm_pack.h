@@ -97,16 +97,21 @@ void pack_panels(typename Tile::Unit* out, int64_t panel_size, Operand<T> b, int
 #pragma GCC unroll 4
       for (int j = 0; j < kStride; j += L) {
         const int64_t col = panel * kWidth + j, left = outer - col;
-        typename Tile::Unit* o = out + panel * panel_size + begin * kStride + j;
-        const T* in = b.data + begin * P * b.stride + col;
-        for (int64_t p = begin; p < end; ++p, o += kStride, in += P * b.stride) {
-          const bool has_next = P * p + 1 < K;
-          put_register(o,
-                       left >= L  ? interleave_units<Tile>(in, b.stride, has_next)
-                       : left > 0 ? interleave_units<Tile>(in, b.stride, has_next, int(left))
-                                  : Vec<typename Tile::Unit>{},
-                       past_caches);
-        }
+        const auto steps = [&](auto past_caches, const auto& units) {
+          typename Tile::Unit* o = out + panel * panel_size + begin * kStride + j;
+          const T* in = b.data + begin * P * b.stride + col;
+          for (int64_t p = begin; p < end; ++p, o += kStride, in += P * b.stride)
+            put_register(o, units(in, P * p + 1 < K), past_caches);
+        };
+        const auto whole = [&](const T* in, bool) { return interleave_units<Tile>(in, b.stride, true); };
+        if (left >= L && P * end <= K)
+          past_caches ? steps(std::true_type{}, whole) : steps(std::false_type{}, whole);
+        else
+          steps(past_caches, [&](const T* in, bool has_next) {
+            return left >= L  ? interleave_units<Tile>(in, b.stride, has_next)
+                   : left > 0 ? interleave_units<Tile>(in, b.stride, has_next, int(left))
+                              : Vec<typename Tile::Unit>{};
+          });
       }
   }
 }
