@@ -1,6 +1,8 @@
 // Packing, blocking and loop order of the matrix product; the plan is in gemm.h.
 #include "gemm.h"
 
+#include <sched.h>
+
 #include <type_traits>
 
 namespace FASTFT_NAMESPACE {
@@ -240,7 +242,7 @@ class Product {
 
  public:
   Product(int64_t M, int64_t N, int64_t K, Operand<TA> a, Operand<TB> b, const Epilogue<Acc>& epilogue, bool transposed,
-          const Host& host)
+          RowMaker maker, const Host& host)
       : M(M),
         N(N),
         K(K),
@@ -248,6 +250,7 @@ class Product {
         b(b),
         epilogue(epilogue),
         transposed(transposed),
+        maker(maker),
         host(host),
         packed(in_place.b ? nullptr
                           : scratch<Unit>(host, plan.own ? host.threads * kDepth * kCols : part.panels * panel_size)),
@@ -266,6 +269,7 @@ class Product {
       }
       streamed();
     });
+    if (maker.make) return compute_made();
     parallel_for(host, part.tasks(), [&](int64_t task, int worker) {
       compute(task, worker);
       streamed();
@@ -278,6 +282,7 @@ class Product {
   const Operand<TB> b;
   const Epilogue<Acc>& epilogue;
   const bool transposed;
+  const RowMaker maker;
   const Host& host;
 
   const InPlace in_place = depth_major_in_place<Tile>(M, N, K, a, b, host);
@@ -317,6 +322,33 @@ class Product {
   }
 
   int cols_of(int64_t panel) const { return int(N - panel * kCols < kCols ? N - panel * kCols : kCols); }
+
+  // Tasks, each after the rows that so many threads' next tasks need. A task waits only for rows that come before it, so
+  // that somebody makes them already.
+  void compute_made() const {
+    const int64_t chunks = ceil_div(M, maker.rows), tasks = part.tasks();
+    int64_t* const order = scratch<int64_t>(host, chunks + tasks);  // a task, or ~i of rows
+    char* const made = scratch<char>(host, chunks);
+    std::memset(made, 0, size_t(chunks));
+    int64_t count = 0, ordered = 0;
+    for (int64_t task = 0; task < tasks; order[count++] = task++) {
+      const Block ahead = block_of(part, task + host.threads < tasks ? task + host.threads : tasks - 1, M);
+      while (ordered * maker.rows < ahead.row + ahead.rows) order[count++] = ~ordered++;
+    }
+    parallel_for(host, count, [&](int64_t i, int worker) {
+      if (order[i] < 0) {
+        maker.make(maker.context, ~order[i]);
+        streamed();
+        __atomic_store_n(made + ~order[i], 1, __ATOMIC_RELEASE);
+        return;
+      }
+      const Block block = block_of(part, order[i], M);
+      for (int64_t chunk = block.row / maker.rows; chunk * maker.rows < block.row + block.rows; ++chunk)
+        while (!__atomic_load_n(made + chunk, __ATOMIC_ACQUIRE)) sched_yield();
+      compute(order[i], worker);
+      streamed();
+    });
+  }
 
   void compute(int64_t index, int worker) const {
     const int64_t following = index + host.threads < part.tasks() ? index + host.threads : index;
@@ -493,12 +525,12 @@ inline bool transposes(int64_t M, int64_t N, bool a_depth_major, bool b_depth_ma
 
 template <class T, class TA, class TB>
 void gemm(int64_t M, int64_t N, int64_t K, Operand<TA> a, Operand<TB> b,
-          Epilogue<typename TileFor<T>::type::Acc> epilogue, const Host& host) {
+          Epilogue<typename TileFor<T>::type::Acc> epilogue, const Host& host, RowMaker maker) {
   if (M == 0 || N == 0) return;
   if (transposes(M, N, a.depth_major, b.depth_major))
-    Product<T, TB, TA>(N, M, K, b, a, epilogue, true, host).run();
+    Product<T, TB, TA>(N, M, K, b, a, epilogue, true, {}, host).run();
   else
-    Product<T, TA, TB>(M, N, K, a, b, epilogue, false, host).run();
+    Product<T, TA, TB>(M, N, K, a, b, epilogue, false, maker, host).run();
 }
 
 namespace {
@@ -537,7 +569,7 @@ int64_t gemm_tasks(const GemmQuery& q, int phase, double* work, int64_t capacity
 // Forward and data gradient multiply activations by parameters, the weight gradient activations by activations.
 #define FASTFT_GEMM(T, TA, TB)                                                       \
   template void gemm<T, TA, TB>(int64_t, int64_t, int64_t, Operand<TA>, Operand<TB>, \
-                                Epilogue<typename TileFor<T>::type::Acc>, const Host&);
+                                Epilogue<typename TileFor<T>::type::Acc>, const Host&, RowMaker);
 FASTFT_GEMM(bf16, bf16, bf16)
 FASTFT_GEMM(bf16, bf16, float)
 FASTFT_GEMM(bf16, float, float)

@@ -30,10 +30,18 @@ struct Epilogue {
       [2];  // fetched into L1 while the tile is computed: stores that miss cost 2 to 7 %, where they are not streamed
 };
 
+// Makes A's rows [i * rows, (i + 1) * rows) for each i, on any thread, before a task reads them: while one thread makes rows and waits for memory, another
+// has tiles to compute. A is not depth-major.
+struct RowMaker {
+  void (*make)(const void* context, int64_t i) = nullptr;
+  const void* context = nullptr;
+  int64_t rows = 0;
+};
+
 // T: the dtype of activations, which selects the tile; TA, TB: the operands' own.
 template <class T, class TA, class TB>
 void gemm(int64_t M, int64_t N, int64_t K, Operand<TA> a, Operand<TB> b,
-          Epilogue<typename TileFor<T>::type::Acc> epilogue, const Host& host);
+          Epilogue<typename TileFor<T>::type::Acc> epilogue, const Host& host, RowMaker maker = {});
 
 // How C is cut into tasks: a grid of row_blocks x col_blocks, each of whole tiles and as near to equal as whole tiles can be. So that no thread waits for a
 // whole block of another at the end, the last `cut` blocks are `pieces` tasks each; where blocks are too thin for that, the larger ones come first.

@@ -187,16 +187,24 @@ struct Strides {
 // dz and the sums of its columns over each kSumRows rows (chunks, N), in one pass, and y = act(z) again. dz is null for
 // the identity, sums and y where nobody wants them.
 template <class T>
-void grad_preact(int activation, T* dz, Compute<T>* sums, T* y, const T* dy, const T* z, int64_t M, int64_t N,
-                 Strides stride, const Host& host) {
+class GradPreact {
   using Acc = Compute<T>;
-  constexpr int L = kLanes<Acc>;
-  const int64_t whole = N / L * L, rest = N - whole;
-  const bool past_caches = streams(dz, M, stride.dz) && streams(dz, M, N);
-  RowFunctions<T> row = {};
-  dispatch_activation(activation,
-                      [&](auto act) { row = {&grad_preact_row<decltype(act), T>, &activation_row<decltype(act), T>}; });
-  parallel_for(host, ceil_div(M, kSumRows), [&](int64_t chunk, int) {
+
+ public:
+  GradPreact(int activation, T* dz, Acc* sums, T* y, const T* dy, const T* z, int64_t M, int64_t N, Strides stride)
+      : dz(dz), sums(sums), y(y), dy(dy), z(z), M(M), N(N), stride(stride) {
+    dispatch_activation(
+        activation, [&](auto act) { row = {&grad_preact_row<decltype(act), T>, &activation_row<decltype(act), T>}; });
+  }
+
+  int64_t chunks() const { return dz || sums ? ceil_div(M, kSumRows) : 0; }
+  RowMaker maker() const {
+    return {[](const void* self, int64_t chunk) { static_cast<const GradPreact*>(self)->make(chunk); }, this, kSumRows};
+  }
+
+  void make(int64_t chunk) const {
+    constexpr int L = kLanes<Acc>;
+    const int64_t whole = N / L * L, rest = N - whole;
     const int64_t begin = chunk * kSumRows, end = begin + kSumRows < M ? begin + kSumRows : M;
     Acc* const sum = sums ? sums + chunk * N : nullptr;
     T dz_rest[L], y_rest[L], dy_rest[L] = {}, z_rest[L] = {};  // the last columns, padded to a register
@@ -218,8 +226,18 @@ void grad_preact(int activation, T* dz, Compute<T>* sums, T* y, const T* dy, con
     }
     if (past_caches) streamed();
     if (rest && sum) std::memcpy(sum + whole, sum_rest, size_t(rest) * sizeof(Acc));
-  });
-}
+  }
+
+ private:
+  T* const dz;
+  Acc* const sums;
+  T* const y;
+  const T *const dy, *const z;
+  const int64_t M, N;
+  const Strides stride;
+  const bool past_caches = streams(dz, M, stride.dz) && streams(dz, M, N);
+  RowFunctions<T> row = {};
+};
 
 template <class T>
 Operand<T> operand(const T* data, int64_t stride, bool depth_major) {
@@ -265,26 +283,30 @@ void linear_act_backward(const LinearActBackward<T, W>& p, const Host& host) {
   Acc* const sums = p.db ? scratch<Acc>(host, chunks * p.N) : nullptr;
   T* const made = makes ? scratch<T>(host, p.M * dz_stride) : nullptr;
   const T* const dz = made ? made : p.dy;
-  if (made || sums)
-    grad_preact(p.activation, made, sums, made ? p.y : nullptr, p.dy, p.z, p.M, p.N, {dz_stride, y_stride}, host);
-  if (p.db) add_up(p.db, sums, chunks, p.N, p.N, host);
+  const GradPreact<T> pass(p.activation, made, sums, made ? p.y : nullptr, p.dy, p.z, p.M, p.N, {dz_stride, y_stride});
+  // With enough of it the product for dx makes dz, so that not all threads wait for memory at once: it gains 1 to 2 %, with
+  // sums 0.5. Sums alone are better made before: they bring dy into L3.
+  const bool with_dx = made && pass.chunks() > host.threads && (p.dx || p.dx32) && p.K > 0;
+  const RowMaker maker = with_dx ? pass.maker() : RowMaker{};
+  if (!with_dx) parallel_for(host, pass.chunks(), [&](int64_t chunk, int) { pass.make(chunk); });
   const auto grad_input = [&](auto* dx, const auto* add) {
     using Out = std::remove_pointer_t<decltype(dx)>;
     const StoreEpilogue<T, Out> epilogue{dx, add, x_stride, streams(dx, p.M, x_stride)};
     gemm<T>(p.M, p.K, p.N, Operand<T>{dz, dz_stride, false}, Operand<W>{p.w, p.K, true},
-            {&epilogue.run, &epilogue, {written(dx, x_stride, epilogue.past_caches), {}}}, host);
+            {&epilogue.run, &epilogue, {written(dx, x_stride, epilogue.past_caches), {}}}, host, maker);
   };
   if (p.x_preact) {
     const bool past_caches = streams(p.dx, p.M, x_stride) && (!p.x_again || streams(p.x_again, p.M, x_stride));
     const ThroughEpilogue<T> epilogue{p.dx, p.x_again, p.x_preact, x_stride, past_caches};
     Epilogue<Acc> then = {nullptr, &epilogue, {written(p.dx, x_stride, past_caches), touched(p.x_preact, x_stride)}};
     dispatch_activation(p.x_activation, [&](auto act) { then.run = &epilogue.template run<decltype(act)>; });
-    gemm<T>(p.M, p.K, p.N, Operand<T>{dz, dz_stride, false}, Operand<W>{p.w, p.K, true}, then, host);
+    gemm<T>(p.M, p.K, p.N, Operand<T>{dz, dz_stride, false}, Operand<W>{p.w, p.K, true}, then, host, maker);
   } else if (p.dx) {
     grad_input(p.dx, p.add);
   }
   if constexpr (kTakesFloat<T, W>)
     if (p.dx32) grad_input(p.dx32, p.add32);
+  if (p.db) add_up(p.db, sums, chunks, p.N, p.N, host);
   if (p.dw) {
     const StoreEpilogue<T, W> epilogue{p.dw, nullptr, p.K, streams(p.dw, p.N, p.K)};
     with_input<T, W>(p, [&](const auto* x) {
