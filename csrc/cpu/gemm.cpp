@@ -13,8 +13,10 @@ namespace {
 template <class Tile, class T>
 constexpr bool kMayLie = std::is_same_v<T, float> && std::is_same_v<typename Tile::Unit, float> && kTileRows > 8;
 template <class Tile>
-constexpr int kPanelLines = (kTileCols<Tile> * int(sizeof(typename Tile::Unit)) + 63) / 64;  // of a step of depth
-constexpr int kPanelRows = (kTileRows + 7) / 8 * 8;    // row stride of a packed tile of A
+constexpr int kPanelTiles =
+    kFetchEvery * ((kTileCols<Tile> * int(sizeof(typename Tile::Unit)) + 63) / 64);  // that fetch a panel's block
+constexpr int64_t kTileLines = kDepth / kFetchEvery;                                 // that a tile fetches
+constexpr int kPanelRows = (kTileRows + 7) / 8 * 8;                                  // row stride of a packed tile of A
 constexpr int64_t kPackDepth = 128, kPackPanels = 16;  // a task of packing B reads runs of 16 panels' width
 constexpr int64_t kBlockTiles = 8, kBlockCols = 768;   // C of a task: at most 8 x 14 x 768 x 4 B = 344 KB of L2
 constexpr int kTasksPerThread = 8;                     // more are not needed for an even load
@@ -459,49 +461,55 @@ class Product {
 
   // Whether tiles fetch the rows that are copied next. Of a panel's burst (prefetch_rows) the CPU drops most, and copying
   // waits for memory: 1 to 4 % of the product. Rows in place have all of a task's time to come.
-  bool copies_fetched(const Task& task) const { return !rows_in_place && task.tiles > kPanelLines<Tile>; }
+  bool copies_fetched(const Task& task) const { return !rows_in_place && task.tiles > kPanelTiles<Tile>; }
 
-  // What tile t of a panel asks for: B's next block is on its way after kPanelLines tiles, the last of the others fetch A's.
+  // What tile t of a panel asks for: B's next block is on its way after kPanelTiles tiles, the last of the others fetch A's.
   Fetch fetch_of(const Task& task, const Step& step, int64_t t) const {
-    constexpr int kLines = kPanelLines<Tile>;
+    constexpr int kTiles = kPanelTiles<Tile>;
     const bool last_depth = step.to == depth;
-    if (t >= kLines && (a.depth_major || copies_fetched(task))) {
-      const int64_t left = (task.block.panels - 1 - step.panel) * (task.tiles - kLines) + task.tiles - 1 - t;
+    if (t >= kTiles && (a.depth_major || copies_fetched(task))) {
+      const int64_t left = (task.block.panels - 1 - step.panel) * (task.tiles - kTiles) + task.tiles - 1 - t;
       const Block& block = last_depth ? task.next : task.block;
-      const Fetch of_a = fetch_of_a(block, last_depth ? 0 : step.to, left, step.to - step.from);
+      const Fetch of_a = fetch_of_a(block, last_depth ? 0 : step.to, left, (step.to - step.from) / kFetchEvery);
       if (of_a.line) return of_a;
     }
     const bool last_panel = step.panel + 1 == task.block.panels, last_block = last_panel && last_depth;
     const int64_t panel = last_block ? task.next.panel : task.block.panel + (last_panel ? 0 : step.panel + 1);
     const int64_t from = last_block ? 0 : last_panel ? step.to : step.from;
     if (!plan.own && !in_place.b)
-      return {reinterpret_cast<const char*>(packed + panel * panel_size + from * kCols) + t % kLines * (kDepth * 64),
-              64};
+      return {
+          reinterpret_cast<const char*>(packed + panel * panel_size + from * kCols) + t % kTiles * (kTileLines * 64),
+          64};
     constexpr int64_t kLinesOfStep = Tile::kPair * ceil_div(kCols * int64_t(sizeof(TB)), 64);
-    return {line_of_step(b, from, panel * kCols, t % kLinesOfStep), Tile::kPair * row_bytes(b)};
+    const int64_t line = t % (kLinesOfStep * kFetchEvery);
+    return {line_of_step(b, from + line / kLinesOfStep * kTileLines, panel * kCols, line % kLinesOfStep),
+            Tile::kPair * row_bytes(b)};
   }
 
-  // Lines of A's next rows, from unit `from` of depth on, for the last tile but `left` before they are needed, of so many
-  // steps; a null line if there are none left.
-  Fetch fetch_of_a(const Block& block, int64_t from, int64_t left, int64_t steps) const {
+  // `most` lines of A's next rows, from unit `from` of depth on, for the last tile but `left` before they are needed; a null
+  // line if there are none left.
+  Fetch fetch_of_a(const Block& block, int64_t from, int64_t left, int64_t most) const {
     const int64_t units = from + kDepth < depth ? kDepth : depth - from;
-    if (units == 0) return {};  // K is 0
+    if (units == 0 || most == 0) return {};
     if (!a.depth_major) {
       const char* const run = bytes_of_a(block.row, from * Tile::kPair);
       const bool whole_lines = (uintptr_t(run) | uintptr_t(row_bytes(a))) % 64 == 0;
       const int64_t lines = ceil_div(units * Tile::kPair * int64_t(sizeof(TA)), 64) + !whole_lines;
-      const int64_t row = left / lines * steps;  // a line of each row, then of the next rows
+      const int64_t row = left / lines * most;  // a line of each row, then of the next rows
       if (row >= block.rows) return {};
       return {run + row * row_bytes(a) + left % lines * 64, row_bytes(a)};
     }
-    const int64_t parts = ceil_div(units, steps), line = left / parts, unit = from + left % parts * steps;
+    const int64_t parts = ceil_div(units, most), line = left / parts, unit = from + left % parts * most;
     if (packs_a) {
       if (line >= ceil_div(block.rows, kTileRows)) return {};
       const Unit* const next = packed_a + (block.row / kTileRows + line) * a_panel_size + unit * kPanelRows;
       return {reinterpret_cast<const char*>(next), 64};
     }
-    if (line >= Tile::kPair * (block.rows * int64_t(sizeof(TA)) / 64 + 1)) return {};
-    return {line_of_step(a, unit, block.row, line), Tile::kPair * row_bytes(a)};
+    // Rows of depth begin alike in a line, as a rule. Packing reads whole registers.
+    const auto in_line = int64_t(uintptr_t(a.data + block.row) % 64);
+    const int64_t bytes = (block.rows + kPanelRows - kTileRows) * int64_t(sizeof(TA));
+    if (line >= Tile::kPair * ceil_div(in_line + bytes, 64)) return {};
+    return {line_of_step(a, unit, block.row, line) - in_line, Tile::kPair * row_bytes(a)};
   }
 
   void finish(const Acc* c_tile, int64_t row, int64_t col, int live, int cols) const {

@@ -111,7 +111,9 @@ struct PanelInPlace {
   }
 };
 
-struct Fetch {  // of which a line is asked for in each step
+// Steps of depth from one line that a tile asks for to the next: of what comes sooner than memory gives it, the CPU drops a part.
+constexpr int kFetchEvery = kTileRows > 8 ? 1 : 4;
+struct Fetch {
   const char* line = nullptr;
   int64_t stride = 0;  // bytes
 };
@@ -122,10 +124,8 @@ void tile(typename Tile::Acc* __restrict c, Rows a, Panel b, int64_t depth, bool
   using Acc = typename Tile::Acc;
   constexpr int L = kLanes<Acc>;
   Vec<Acc> sum[kRows][kTileVecs] = {};
-#pragma GCC unroll 2  // of AVX2's 24 instructions 3 are the loop's
-  for (int64_t p = 0; p < depth; ++p, a.step(), b.step()) {
+  const auto step = [&]() __attribute__((always_inline)) {
     Vec<Unit> panel[kTileVecs];
-    __builtin_prefetch(fetch.line + p * fetch.stride, 0, 2);  // into L2: L1 is full
 #pragma GCC unroll 2
     for (int v = 0; v < kTileVecs; ++v) std::memcpy(&panel[v], b.b + v * L, sizeof panel[v]);
 #pragma GCC unroll 14
@@ -134,7 +134,18 @@ void tile(typename Tile::Acc* __restrict c, Rows a, Panel b, int64_t depth, bool
 #pragma GCC unroll 2
       for (int v = 0; v < kTileVecs; ++v) sum[i][v] = Tile::multiply_add(sum[i][v], value, panel[v]);
     }
+    a.step(), b.step();
+    if constexpr (kFetchEvery > 1) asm("" : "+r"(b.b));  // else the compiler mixes steps, and runs out of registers
+  };
+  int64_t p = 0;
+#pragma GCC unroll(kFetchEvery > 1 ? 1 : 2)
+  for (; p + kFetchEvery <= depth; p += kFetchEvery, fetch.line += fetch.stride) {
+    __builtin_prefetch(fetch.line, 0, 2);  // into L2: L1 is full
+#pragma GCC unroll 4
+    for (int q = 0; q < kFetchEvery; ++q) step();
   }
+  if constexpr (kFetchEvery > 1)
+    for (; p < depth; ++p) step();
 #pragma GCC unroll 14
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 2
