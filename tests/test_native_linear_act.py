@@ -106,9 +106,11 @@ def test_linear_act_has_the_same_bits_where_operands_are_packed_and_where_they_l
             np.testing.assert_array_equal(array, other[name], name)
 
 
+# Products for dx whose rows are made meanwhile: of few blocks, of blocks that pack their panels, of blocks in pieces.
+@pytest.mark.parametrize("sizes", [(131, 259, 77), (257, 61, 416), (700, 61, 400)])
 @pytest.mark.parametrize("suffix", DTYPES)
-def test_linear_act_has_the_same_bits_on_any_number_of_threads(kernels, suffix):
-    inputs = linear_act_inputs((131, 259, 77), DTYPES[suffix])
+def test_linear_act_has_the_same_bits_on_any_number_of_threads(kernels, suffix, sizes):
+    inputs = linear_act_inputs(sizes, DTYPES[suffix])
     assert_same_bits_on_any_number_of_threads(kernels, lambda: linear_act(kernels, suffix, "gelu", **inputs))
 
 

@@ -12,11 +12,8 @@ namespace {
 // AVX2 a weight gradient would lose up to half of its speed.
 template <class Tile, class T>
 constexpr bool kMayLie = std::is_same_v<T, float> && std::is_same_v<typename Tile::Unit, float> && kTileRows > 8;
-template <class Tile>
-constexpr int kPanelTiles =
-    kFetchEvery * ((kTileCols<Tile> * int(sizeof(typename Tile::Unit)) + 63) / 64);  // that fetch a panel's block
-constexpr int64_t kTileLines = kDepth / kFetchEvery;                                 // that a tile fetches
-constexpr int kPanelRows = (kTileRows + 7) / 8 * 8;                                  // row stride of a packed tile of A
+constexpr int64_t kTileLines = kDepth / kFetchEvery;   // that a tile fetches, at most
+constexpr int kPanelRows = (kTileRows + 7) / 8 * 8;    // row stride of a packed tile of A
 constexpr int64_t kPackDepth = 128, kPackPanels = 16;  // a task of packing B reads runs of 16 panels' width
 constexpr int64_t kBlockTiles = 8, kBlockCols = 768;   // C of a task: at most 8 x 14 x 768 x 4 B = 344 KB of L2
 constexpr int kTasksPerThread = 8;                     // more are not needed for an even load
@@ -311,6 +308,10 @@ class Product {
   struct Step {  // a block of depth, [from, to), of a task's panel
     int64_t panel, from, to;
     Unit* packed;  // null where B is taken from where it lies
+    // From which on tiles fetch A's next rows, those before it B's next block. Rows that are copied only where all of them
+    // can be fetched: of a panel's burst (prefetch_rows) the CPU drops most, and copying waits for memory, 1 to 4 % of the
+    // product. Rows in place have all of a task's time to come.
+    int64_t fetches_a;
   };
 
   // Panel 0 would lie at `out`, from the first unit of depth on.
@@ -325,8 +326,8 @@ class Product {
 
   int cols_of(int64_t panel) const { return int(N - panel * kCols < kCols ? N - panel * kCols : kCols); }
 
-  // Tasks, each after the rows that so many threads' next tasks need. A task waits only for rows that come before it, so
-  // that somebody makes them already.
+  // Before task t come the rows of tasks up to t + threads. A task waits only for rows that come before it, which somebody
+  // has begun to make.
   void compute_made() const {
     const int64_t chunks = ceil_div(M, maker.rows), tasks = part.tasks();
     int64_t* const order = scratch<int64_t>(host, chunks + tasks);  // a task, or ~i of rows
@@ -391,9 +392,13 @@ class Product {
   void compute_panel(const Task& task, int64_t panel, int64_t from, int64_t to) const {
     const int64_t index = task.block.panel + panel, col = index * kCols, place = index * panel_size + from * kCols;
     const int cols = cols_of(index);
-    const Step step = {panel, from, to, in_place.b ? nullptr : plan.own ? task.own_b : packed + place};
+    const Step step = {panel, from, to,
+                       in_place.b ? nullptr
+                       : plan.own ? task.own_b
+                                  : packed + place,
+                       first_to_fetch_a(task, to - from)};
     if (plan.own) pack_b(step.packed - place, {index, index + 1, from, to}, false);
-    if (!a.depth_major && !copies_fetched(task)) {
+    if (step.fetches_a == task.tiles) {
       const bool same = to < depth;
       const Block& block = same ? task.block : task.next;
       prefetch_rows<Tile>(a, K, block.row, block.rows, same ? to : 0, same ? to + kDepth : kDepth, panel,
@@ -459,16 +464,26 @@ class Product {
     return reinterpret_cast<const char*>(row + outer) + line / Tile::kPair * 64;
   }
 
-  // Whether tiles fetch the rows that are copied next. Of a panel's burst (prefetch_rows) the CPU drops most, and copying
-  // waits for memory: 1 to 4 % of the product. Rows in place have all of a task's time to come.
-  bool copies_fetched(const Task& task) const { return !rows_in_place && task.tiles > kPanelTiles<Tile>; }
+  static constexpr int64_t kLinesOfB =
+      Tile::kPair * ceil_div(kCols * int64_t(sizeof(TB)), 64);  // of a step, in its rows
+  static constexpr int64_t kTilesForB =
+      ceil_div(kFetchEvery * kCols * int64_t(sizeof(Unit)), 64);  // where it is packed
 
-  // What tile t of a panel asks for: B's next block is on its way after kPanelTiles tiles, the last of the others fetch A's.
+  // Step::fetches_a for a block of so many steps; the number of tiles if none does.
+  int64_t first_to_fetch_a(const Task& task, int64_t steps) const {
+    const int64_t for_b = plan.own || in_place.b ? kFetchEvery * kLinesOfB : kTilesForB;
+    if (a.depth_major) return for_b < task.tiles ? for_b : task.tiles - 1;
+    const int64_t most = steps / kFetchEvery, lines = kDepth * Tile::kPair * int64_t(sizeof(TA)) / 64 + 1;
+    if (rows_in_place || most == 0) return task.tiles;
+    const bool all = ceil_div(task.block.rows, most) * lines <= task.block.panels * (task.tiles - for_b);
+    return all ? for_b : task.tiles;
+  }
+
+  // What tile t of a panel asks for: B's next block is on its way first, the last of the other tiles fetch A's.
   Fetch fetch_of(const Task& task, const Step& step, int64_t t) const {
-    constexpr int kTiles = kPanelTiles<Tile>;
     const bool last_depth = step.to == depth;
-    if (t >= kTiles && (a.depth_major || copies_fetched(task))) {
-      const int64_t left = (task.block.panels - 1 - step.panel) * (task.tiles - kTiles) + task.tiles - 1 - t;
+    if (t >= step.fetches_a) {
+      const int64_t left = (task.block.panels - 1 - step.panel) * (task.tiles - step.fetches_a) + task.tiles - 1 - t;
       const Block& block = last_depth ? task.next : task.block;
       const Fetch of_a = fetch_of_a(block, last_depth ? 0 : step.to, left, (step.to - step.from) / kFetchEvery);
       if (of_a.line) return of_a;
@@ -476,18 +491,17 @@ class Product {
     const bool last_panel = step.panel + 1 == task.block.panels, last_block = last_panel && last_depth;
     const int64_t panel = last_block ? task.next.panel : task.block.panel + (last_panel ? 0 : step.panel + 1);
     const int64_t from = last_block ? 0 : last_panel ? step.to : step.from;
-    if (!plan.own && !in_place.b)
-      return {
-          reinterpret_cast<const char*>(packed + panel * panel_size + from * kCols) + t % kTiles * (kTileLines * 64),
-          64};
-    constexpr int64_t kLinesOfStep = Tile::kPair * ceil_div(kCols * int64_t(sizeof(TB)), 64);
-    const int64_t line = t % (kLinesOfStep * kFetchEvery);
-    return {line_of_step(b, from + line / kLinesOfStep * kTileLines, panel * kCols, line % kLinesOfStep),
+    if (!plan.own && !in_place.b) {
+      const Unit* const next = packed + panel * panel_size + from * kCols;
+      return {reinterpret_cast<const char*>(next) + t % kTilesForB * (kTileLines * 64), 64};
+    }
+    const int64_t line = t % (kLinesOfB * kFetchEvery);
+    return {line_of_step(b, from + line / kLinesOfB * kTileLines, panel * kCols, line % kLinesOfB),
             Tile::kPair * row_bytes(b)};
   }
 
-  // `most` lines of A's next rows, from unit `from` of depth on, for the last tile but `left` before they are needed; a null
-  // line if there are none left.
+  // Lines of A's next rows, from unit `from` of depth on, for the last tile but `left` before they are needed, which asks for
+  // `most`; a null line if there are none left. It asks for rows behind the block's, too: to count them would cost more.
   Fetch fetch_of_a(const Block& block, int64_t from, int64_t left, int64_t most) const {
     const int64_t units = from + kDepth < depth ? kDepth : depth - from;
     if (units == 0 || most == 0) return {};
@@ -499,17 +513,18 @@ class Product {
       if (row >= block.rows) return {};
       return {run + row * row_bytes(a) + left % lines * 64, row_bytes(a)};
     }
-    const int64_t parts = ceil_div(units, most), line = left / parts, unit = from + left % parts * most;
     if (packs_a) {
-      if (line >= ceil_div(block.rows, kTileRows)) return {};
-      const Unit* const next = packed_a + (block.row / kTileRows + line) * a_panel_size + unit * kPanelRows;
-      return {reinterpret_cast<const char*>(next), 64};
+      const int64_t parts = ceil_div(units * kPanelRows * int64_t(sizeof(Unit)), most * 64), tile = left / parts;
+      if (tile >= ceil_div(block.rows, kTileRows)) return {};
+      const Unit* const next = packed_a + (block.row / kTileRows + tile) * a_panel_size + from * kPanelRows;
+      return {reinterpret_cast<const char*>(next) + left % parts * most * 64, 64};
     }
     // Rows of depth begin alike in a line, as a rule. Packing reads whole registers.
+    const int64_t parts = ceil_div(units, most), line = left / parts;
     const auto in_line = int64_t(uintptr_t(a.data + block.row) % 64);
     const int64_t bytes = (block.rows + kPanelRows - kTileRows) * int64_t(sizeof(TA));
     if (line >= Tile::kPair * ceil_div(in_line + bytes, 64)) return {};
-    return {line_of_step(a, unit, block.row, line) - in_line, Tile::kPair * row_bytes(a)};
+    return {line_of_step(a, from + left % parts * most, block.row, line) - in_line, Tile::kPair * row_bytes(a)};
   }
 
   void finish(const Acc* c_tile, int64_t row, int64_t col, int live, int cols) const {
@@ -523,10 +538,10 @@ class Product {
 };
 
 // Packing B takes a pass of its own, a dear one where it is transposed, and with few rows nothing makes up for it. Of
-// C^T = B^T A^T it is A^T that is packed: forwards of 64 rows gain 2 to 12 % (384 -> 384 loses 2), of 128 mostly 2 to 7;
-// of 256 rows, whose tiles must be transposed, those with 3072 columns still gain 1.5, with 1536 they lose 1 to 3.
+// C^T = B^T A^T it is A^T that is packed: forwards of 64 rows gain 2 to 12 % (384 -> 384 loses 2), of 128 mostly 2 to 7. With
+// more rows it takes more columns to make up for C's own transposition: 512 x 30522 gains 3 %, 256 x 1536 loses 3, 512 x 4096 5.
 inline bool transposes(int64_t M, int64_t N, bool a_depth_major, bool b_depth_major) {
-  return !a_depth_major && !b_depth_major && (M <= 128 ? 6 : 8) * M <= N;
+  return !a_depth_major && !b_depth_major && (M <= 128 ? 6 : 12) * M <= N;
 }
 
 }  // namespace
@@ -535,7 +550,7 @@ template <class T, class TA, class TB>
 void gemm(int64_t M, int64_t N, int64_t K, Operand<TA> a, Operand<TB> b,
           Epilogue<typename TileFor<T>::type::Acc> epilogue, const Host& host, RowMaker maker) {
   if (M == 0 || N == 0) return;
-  if (transposes(M, N, a.depth_major, b.depth_major))
+  if (!maker.make && transposes(M, N, a.depth_major, b.depth_major))
     Product<T, TB, TA>(N, M, K, b, a, epilogue, true, {}, host).run();
   else
     Product<T, TA, TB>(M, N, K, a, b, epilogue, false, maker, host).run();

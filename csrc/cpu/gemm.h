@@ -31,7 +31,7 @@ struct Epilogue {
 };
 
 // Makes A's rows [i * rows, (i + 1) * rows) for each i, on any thread, before a task reads them: while one thread makes rows and waits for memory, another
-// has tiles to compute. A is not depth-major.
+// has tiles to compute. A is not depth-major, and what its rows are made of does not overlap what the epilogue writes.
 struct RowMaker {
   void (*make)(const void* context, int64_t i) = nullptr;
   const void* context = nullptr;
@@ -44,7 +44,7 @@ void gemm(int64_t M, int64_t N, int64_t K, Operand<TA> a, Operand<TB> b,
           Epilogue<typename TileFor<T>::type::Acc> epilogue, const Host& host, RowMaker maker = {});
 
 // How C is cut into tasks: a grid of row_blocks x col_blocks, each of whole tiles and as near to equal as whole tiles can be. So that no thread waits for a
-// whole block of another at the end, the last `cut` blocks are `pieces` tasks each; where blocks are too thin for that, the larger ones come first.
+// whole block of another at the end, the last `cut` blocks are `pieces` tasks each; where blocks are not cut, the larger ones come first.
 struct Partition {
   int64_t tiles, panels;  // of C: ceil(M / kTileRows), ceil(N / kTileCols)
   int64_t row_blocks, col_blocks;
@@ -76,7 +76,7 @@ struct Partition {
 enum class RowsOfA { kCopied, kPacked, kInPlace };  // by every task; by all before, or by the task that alone has them
 Partition partition(int64_t M, int64_t N, int tile_rows, int tile_cols, RowsOfA a, int threads);
 
-// gemm_tasks (isa.h) says without running what gemm's two parallel phases, packing B (0) and computing C (1), are cut into, in the order in which tasks
+// gemm_tasks (isa.h) says without running what gemm's two parallel phases, packing B (0) and computing C (1), are cut into without a RowMaker, in the order in which tasks
 // go to whoever is free. It returns their number and writes the work of each, at most `capacity` of them, in tiles of C over the whole depth.
 
 }  // namespace FASTFT_NAMESPACE

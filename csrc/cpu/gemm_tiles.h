@@ -7,7 +7,7 @@
 //
 // B: panel [depth][kCols] units, packed or where it lies. A: copied, by strides known at compile time, or where it lies. C: [rows][kOutStride], dense unless
 // given another stride.
-// Each step also asks for a line that a later tile needs, for which there is room: a panel that comes from L3 or memory would cost its first tile 4 to 40 %.
+// Steps also ask for lines that a later tile needs, for which there is room: a panel that comes from L3 or memory would cost its first tile 4 to 40 %.
 #pragma once
 #include "isa.h"
 

@@ -427,7 +427,8 @@ inline Vec<F> fold_rows(typename VecOf<F>::type (&v)[kLanes<F>], const Op& op) {
   }
 }
 
-// ---- threads. Tasks are handed out one by one, since cores differ in speed; results may depend on the task, never on the worker.
+// ---- threads. Tasks are handed out one by one and in order (gemm's may wait for one before), since cores differ in speed; results may depend on the task,
+// never on the worker.
 // body(task, worker) with worker < host.threads, for scratch memory per worker.
 template <class Body>
 inline void parallel_for(const Host& host, int64_t tasks, const Body& body) {
