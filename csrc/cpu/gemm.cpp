@@ -18,7 +18,7 @@ constexpr int64_t kPackDepth = 128, kPackPanels = 16;  // a task of packing B re
 constexpr int64_t kBlockTiles = 8, kBlockCols = 768;   // C of a task: at most 8 x 14 x 768 x 4 B = 344 KB of L2
 constexpr int kTasksPerThread = 8;                     // more are not needed for an even load
 constexpr int64_t kPieces = 8, kPiecePanels = 3;       // of each of the last blocks at most; of a piece at least
-constexpr int64_t kOwnRows = 280;                      // of C: a task that has all of them packs its panels of B itself
+constexpr int64_t kOwnRows = 400;                      // of C: a task that has all of them packs its panels of B itself
 constexpr int64_t kFewRows = 512;                      // of C: a panel of B serves few tiles
 constexpr size_t kReach = 12 << 20;                    // bytes of 4 KB pages whose addresses a core remembers (Zen 4)
 constexpr int kRowsAhead = 4;                          // of stores: what is fetched sooner need not be in L1 any more
@@ -168,13 +168,19 @@ Partition partition(int64_t M, int64_t N, int tile_rows, int tile_cols, RowsOfA 
 
 namespace {
 
+// Whether a task that has all of C's rows would pack its panels of B itself (Plan::own).
+template <class Tile>
+bool packs_own(int64_t M, int64_t N, int threads) {
+  return M <= kOwnRows && ceil_div(N, kTileCols<Tile>) >= 4 * threads;
+}
+
 // What gemm's two phases, packing and computing C, are cut into.
 template <class Tile>
 struct Plan {
   RowsOfA rows;
   Partition part;
-  // With few rows packing B is dear: a task with all of them does so itself, block by block, in L1. Data gradients of 64 rows gain 17 to 23 %, of 256 up to 7;
-  // transposing B in this way loses up to 6. Not where there are too few panels for all threads.
+  // With few rows packing B is dear: a task with all of them does so itself, block by block, in L1. Data gradients of 64 rows gain 17 to 23 %, of 256 up to
+  // 7, forwards of 64 to 128 that are not computed transposed 5 to 20, of 256 2 to 4. Not where there are too few panels for all threads.
   bool own;
   bool own_a;    // a task that has all columns packs its rows of A, in L2: weight gradients of bf16 gain 1 to 3 %
   Packing b, a;  // tasks of packing, of B first; none of what is not packed
@@ -184,7 +190,7 @@ struct Plan {
              : in_place.a   ? RowsOfA::kInPlace
                             : RowsOfA::kPacked),
         part(partition(M, N, kTileRows, kTileCols<Tile>, rows, threads)),
-        own(!a_depth_major && b_depth_major && !in_place.b && M <= kOwnRows && part.panels >= 4 * threads),
+        own(!a_depth_major && !in_place.b && packs_own<Tile>(M, N, threads)),
         own_a(rows == RowsOfA::kPacked && part.col_blocks == 1),
         b(depth, own || in_place.b ? 0 : part.panels, b_depth_major, threads),
         a(depth, rows == RowsOfA::kPacked && !own_a ? part.tiles : 0, true, threads) {
@@ -495,6 +501,11 @@ class Product {
       const Unit* const next = packed + panel * panel_size + from * kCols;
       return {reinterpret_cast<const char*>(next) + t % kTilesForB * (kTileLines * 64), 64};
     }
+    if (!b.depth_major) {  // a line of each of its rows, those behind the next panel's too
+      constexpr int64_t kLines = ceil_div(kDepth * Tile::kPair * int64_t(sizeof(TB)), 64);
+      const TB* const row = b.data + panel * kCols * b.stride + from * Tile::kPair;
+      return {reinterpret_cast<const char*>(row) + (step.panel * task.tiles + t) % kLines * 64, row_bytes(b)};
+    }
     const int64_t line = t % (kLinesOfB * kFetchEvery);
     return {line_of_step(b, from + line / kLinesOfB * kTileLines, panel * kCols, line % kLinesOfB),
             Tile::kPair * row_bytes(b)};
@@ -537,11 +548,16 @@ class Product {
   }
 };
 
-// Packing B takes a pass of its own, a dear one where it is transposed, and with few rows nothing makes up for it. Of
-// C^T = B^T A^T it is A^T that is packed: forwards of 64 rows gain 2 to 12 % (384 -> 384 loses 2), of 128 mostly 2 to 7. With
-// more rows it takes more columns to make up for C's own transposition: 512 x 30522 gains 3 %, 256 x 1536 loses 3, 512 x 4096 5.
-inline bool transposes(int64_t M, int64_t N, bool a_depth_major, bool b_depth_major) {
-  return !a_depth_major && !b_depth_major && (M <= 128 ? 6 : 12) * M <= N;
+// Packing B takes time, more where it is transposed, and with few rows nothing makes up for it. Of C^T = B^T A^T it is A^T that
+// is packed, but M fills whole panels: where tasks could pack B themselves, C^T is 4 to 19 % faster for 32, 64 and 96 rows,
+// slower by up to 6 for 56 and 84, 24 for 100, and 2 to 3 times for 1 to 8. More rows take more columns to make up for C's own
+// transposition: 512 x 30522 gains 3 %, 512 x 4096 loses 5.
+template <class Tile>
+bool transposes(int64_t M, int64_t N, bool a_depth_major, bool b_depth_major, int threads) {
+  if (a_depth_major || b_depth_major) return false;
+  const int64_t filled = ceil_div(M, kTileCols<Tile>) * kTileCols<Tile>;
+  if (packs_own<Tile>(M, N, threads)) return 6 * M <= N && 25 * filled <= 23 * M + 256;
+  return (M <= 128 ? 6 : 12) * M <= N;
 }
 
 }  // namespace
@@ -550,7 +566,7 @@ template <class T, class TA, class TB>
 void gemm(int64_t M, int64_t N, int64_t K, Operand<TA> a, Operand<TB> b,
           Epilogue<typename TileFor<T>::type::Acc> epilogue, const Host& host, RowMaker maker) {
   if (M == 0 || N == 0) return;
-  if (!maker.make && transposes(M, N, a.depth_major, b.depth_major))
+  if (!maker.make && transposes<typename TileFor<T>::type>(M, N, a.depth_major, b.depth_major, host.threads))
     Product<T, TB, TA>(N, M, K, b, a, epilogue, true, {}, host).run();
   else
     Product<T, TA, TB>(M, N, K, a, b, epilogue, false, maker, host).run();
@@ -560,7 +576,7 @@ namespace {
 
 template <class Tile>
 int64_t tasks_of(GemmQuery q, int phase, double* work, int64_t capacity) {
-  if (transposes(q.M, q.N, q.a_depth_major, q.b_depth_major))
+  if (transposes<Tile>(q.M, q.N, q.a_depth_major, q.b_depth_major, q.threads))
     q = {q.N, q.M, q.K, q.is_bf16, !q.b_depth_major, !q.a_depth_major, q.threads};
   const int64_t depth = ceil_div(q.K, Tile::kPair);
   const Plan<Tile> plan(q.M, q.N, depth, q.a_depth_major, q.b_depth_major, {}, q.threads);
