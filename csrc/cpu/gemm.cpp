@@ -185,7 +185,8 @@ struct Plan {
   bool own_a;    // a task that has all columns packs its rows of A, in L2: weight gradients of bf16 gain 1 to 3 %
   Packing b, a;  // tasks of packing, of B first; none of what is not packed
 
-  Plan(int64_t M, int64_t N, int64_t depth, bool a_depth_major, bool b_depth_major, InPlace in_place, int threads)
+  Plan(int64_t M, int64_t N, int64_t depth, bool a_depth_major, bool b_depth_major, InPlace in_place, bool copies,
+       int threads)
       : rows(!a_depth_major ? RowsOfA::kCopied
              : in_place.a   ? RowsOfA::kInPlace
                             : RowsOfA::kPacked),
@@ -199,6 +200,8 @@ struct Plan {
     part = {part.tiles, part.panels, 1, threads > 1 ? 3 * threads : 1};
     while (part.block_panels() * part.tiles > most && part.col_blocks < part.panels) part.col_blocks += threads;
     if (part.col_blocks > part.panels) part.col_blocks = part.panels;
+    const int64_t thin = part.block_panels() / (copies ? kPiecePanels : 1);
+    if (threads > 1 && thin > 1) part.cut = threads, part.pieces = thin < kPieces ? thin : kPieces;
   }
 };
 
@@ -291,9 +294,10 @@ class Product {
   const Host& host;
 
   const InPlace in_place = depth_major_in_place<Tile>(M, N, K, a, b, host);
-  const Plan<Tile> plan{M, N, depth, a.depth_major, b.depth_major, in_place, host.threads};
+  const bool rows_in_place = readable_in_place<Tile>(a, K);
+  const Plan<Tile> plan{M, N, depth, a.depth_major, b.depth_major, in_place, !rows_in_place, host.threads};
   const Partition& part = plan.part;
-  const bool packs_a = plan.a.tasks() > 0, rows_in_place = readable_in_place<Tile>(a, K);
+  const bool packs_a = plan.a.tasks() > 0;
   const bool fetches = epilogue.touches[0].data || epilogue.touches[1].data;
   const int64_t panel_size = depth * kCols, a_panel_size = depth * kPanelRows;
   // A task's C, beyond whose rows its last square is read, and rows of A.
@@ -579,7 +583,7 @@ int64_t tasks_of(GemmQuery q, int phase, double* work, int64_t capacity) {
   if (transposes<Tile>(q.M, q.N, q.a_depth_major, q.b_depth_major, q.threads))
     q = {q.N, q.M, q.K, q.is_bf16, !q.b_depth_major, !q.a_depth_major, q.threads};
   const int64_t depth = ceil_div(q.K, Tile::kPair);
-  const Plan<Tile> plan(q.M, q.N, depth, q.a_depth_major, q.b_depth_major, {}, q.threads);
+  const Plan<Tile> plan(q.M, q.N, depth, q.a_depth_major, q.b_depth_major, {}, false, q.threads);
   const Partition& part = plan.part;
   const int64_t b_tasks = plan.b.tasks(), tasks = phase == 0 ? b_tasks + plan.a.tasks() : part.tasks();
   for (int64_t task = 0; task < tasks && task < capacity; ++task)
