@@ -164,8 +164,8 @@ def _slower(input):
     if not (input.requires_grad and torch.is_grad_enabled()):
         size *= 2
     if input.dim() == 2 and (classes := input.shape[1]) <= 24:  # PyTorch's time goes with the rows
-        return size < (4096 if dtype == torch.float32 else 2048) * classes
-    return size < 120_000
+        return size < (6144 if dtype == torch.float32 else 2048) * classes
+    return size < 150_000
 
 
 def raise_if_out_of_range(target, ignore_index, classes):
