@@ -168,10 +168,20 @@ Partition partition(int64_t M, int64_t N, int tile_rows, int tile_cols, RowsOfA 
 
 namespace {
 
-// Whether a task that has all of C's rows would pack its panels of B itself (Plan::own).
+// B before it is packed; narrowed: of wider elements than the units'.
+struct SourceOfB {
+  bool depth_major, narrowed;
+};
+template <class T, class TB>
+constexpr bool kNarrows = sizeof(TB) * TileFor<T>::type::kPair > sizeof(typename TileFor<T>::type::Unit);
+
+// Whether a task that has all of C's rows would pack its panels of B itself (Plan::own). Transposing the weights of 256 rows so loses 1 to 6 % where a task
+// has few panels, whose lines then are fetched for others, too, and gains 1 to 18 with more; a bf16 step of 256 rows, of fp32 weights, loses 1.
 template <class Tile>
-bool packs_own(int64_t M, int64_t N, int threads) {
-  return M <= kOwnRows && ceil_div(N, kTileCols<Tile>) >= 4 * threads;
+bool packs_own(int64_t M, int64_t N, SourceOfB b, int threads) {
+  const int64_t panels = ceil_div(N, kTileCols<Tile>);
+  if (M > kOwnRows || panels < 4 * threads) return false;
+  return b.depth_major || M <= 128 || (!b.narrowed && panels >= 24 * threads);
 }
 
 // What gemm's two phases, packing and computing C, are cut into.
@@ -185,15 +195,15 @@ struct Plan {
   bool own_a;    // a task that has all columns packs its rows of A, in L2: weight gradients of bf16 gain 1 to 3 %
   Packing b, a;  // tasks of packing, of B first; none of what is not packed
 
-  Plan(int64_t M, int64_t N, int64_t depth, bool a_depth_major, bool b_depth_major, InPlace in_place, bool copies,
+  Plan(int64_t M, int64_t N, int64_t depth, bool a_depth_major, SourceOfB from_b, InPlace in_place, bool copies,
        int threads)
       : rows(!a_depth_major ? RowsOfA::kCopied
              : in_place.a   ? RowsOfA::kInPlace
                             : RowsOfA::kPacked),
         part(partition(M, N, kTileRows, kTileCols<Tile>, rows, threads)),
-        own(!a_depth_major && !in_place.b && packs_own<Tile>(M, N, threads)),
+        own(!a_depth_major && !in_place.b && packs_own<Tile>(M, N, from_b, threads)),
         own_a(rows == RowsOfA::kPacked && part.col_blocks == 1),
-        b(depth, own || in_place.b ? 0 : part.panels, b_depth_major, threads),
+        b(depth, own || in_place.b ? 0 : part.panels, from_b.depth_major, threads),
         a(depth, rows == RowsOfA::kPacked && !own_a ? part.tiles : 0, true, threads) {
     if (!own) return;
     const int64_t most = kBlockTiles * kBlockCols / kTileCols<Tile>;  // tiles of a task
@@ -295,7 +305,8 @@ class Product {
 
   const InPlace in_place = depth_major_in_place<Tile>(M, N, K, a, b, host);
   const bool rows_in_place = readable_in_place<Tile>(a, K);
-  const Plan<Tile> plan{M, N, depth, a.depth_major, b.depth_major, in_place, !rows_in_place, host.threads};
+  const Plan<Tile> plan{
+      M, N, depth, a.depth_major, {b.depth_major, kNarrows<T, TB>}, in_place, !rows_in_place, host.threads};
   const Partition& part = plan.part;
   const bool packs_a = plan.a.tasks() > 0;
   const bool fetches = epilogue.touches[0].data || epilogue.touches[1].data;
@@ -557,11 +568,11 @@ class Product {
 // slower by up to 6 for 56 and 84, 24 for 100, and 2 to 3 times for 1 to 8. More rows take more columns to make up for C's own
 // transposition: 512 x 30522 gains 3 %, 512 x 4096 loses 5.
 template <class Tile>
-bool transposes(int64_t M, int64_t N, bool a_depth_major, bool b_depth_major, int threads) {
-  if (a_depth_major || b_depth_major) return false;
+bool transposes(int64_t M, int64_t N, bool a_depth_major, SourceOfB b, int threads) {
+  if (a_depth_major || b.depth_major) return false;
   const int64_t filled = ceil_div(M, kTileCols<Tile>) * kTileCols<Tile>;
-  if (packs_own<Tile>(M, N, threads)) return 6 * M <= N && 25 * filled <= 23 * M + 256;
-  return (M <= 128 ? 6 : 12) * M <= N;
+  if (packs_own<Tile>(M, N, b, threads)) return 6 * M <= N && 25 * filled <= 23 * M + 256;
+  return (M <= 256 ? 6 : 12) * M <= N;
 }
 
 }  // namespace
@@ -570,7 +581,8 @@ template <class T, class TA, class TB>
 void gemm(int64_t M, int64_t N, int64_t K, Operand<TA> a, Operand<TB> b,
           Epilogue<typename TileFor<T>::type::Acc> epilogue, const Host& host, RowMaker maker) {
   if (M == 0 || N == 0) return;
-  if (!maker.make && transposes<typename TileFor<T>::type>(M, N, a.depth_major, b.depth_major, host.threads))
+  const SourceOfB from_b = {b.depth_major, kNarrows<T, TB>};
+  if (!maker.make && transposes<typename TileFor<T>::type>(M, N, a.depth_major, from_b, host.threads))
     Product<T, TB, TA>(N, M, K, b, a, epilogue, true, {}, host).run();
   else
     Product<T, TA, TB>(M, N, K, a, b, epilogue, false, maker, host).run();
@@ -580,10 +592,10 @@ namespace {
 
 template <class Tile>
 int64_t tasks_of(GemmQuery q, int phase, double* work, int64_t capacity) {
-  if (transposes<Tile>(q.M, q.N, q.a_depth_major, q.b_depth_major, q.threads))
+  if (transposes<Tile>(q.M, q.N, q.a_depth_major, {q.b_depth_major, false}, q.threads))
     q = {q.N, q.M, q.K, q.is_bf16, !q.b_depth_major, !q.a_depth_major, q.threads};
   const int64_t depth = ceil_div(q.K, Tile::kPair);
-  const Plan<Tile> plan(q.M, q.N, depth, q.a_depth_major, q.b_depth_major, {}, false, q.threads);
+  const Plan<Tile> plan(q.M, q.N, depth, q.a_depth_major, {q.b_depth_major, false}, {}, false, q.threads);
   const Partition& part = plan.part;
   const int64_t b_tasks = plan.b.tasks(), tasks = phase == 0 ? b_tasks + plan.a.tasks() : part.tasks();
   for (int64_t task = 0; task < tasks && task < capacity; ++task)
