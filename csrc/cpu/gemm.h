@@ -74,7 +74,6 @@ struct Partition {
   }
 };
 enum class RowsOfA { kCopied, kPacked, kInPlace };  // by every task; by all before, or by the task that alone has them
-Partition partition(int64_t M, int64_t N, int tile_rows, int tile_cols, RowsOfA a, int threads);
 
 // gemm_tasks (isa.h) says without running what gemm's two parallel phases, packing B (0) and computing C (1), are cut into without a RowMaker, in the order in which tasks
 // go to whoever is free. It returns their number and writes the work of each, at most `capacity` of them, in tiles of C over the whole depth.
