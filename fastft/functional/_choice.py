@@ -34,10 +34,12 @@ def use_backend(name):
     if name not in BACKENDS:
         raise ValueError(f"use_backend: {name!r} is not one of {', '.join(BACKENDS)}")
     before, _backend = _backend, name
+    _tuning.by_rule = None
     try:
         yield
     finally:
         _backend = before
+        _tuning.by_rule = None
 
 
 def runs(op, why_not, slower=False):
@@ -83,7 +85,10 @@ def measured(op, device, dtype, train, sizes):
 
 def table(device):
     """The facts that count now by their key; none under ``torch.compile``, where each size would compile anew."""
-    if torch.compiler.is_compiling() or (_used is None and not _tuning.known()):
+    if torch.compiler.is_compiling():
+        return {}
+    if _used is None and not _tuning.known():
+        _tuning.by_rule = _backend == "auto"
         return {}
     found = _tuning.load(device, torch.get_num_threads()) if _used is None else _used
     return {} if found.table and _used is None and _tuning.in_group() else found.table
@@ -117,11 +122,13 @@ def use_facts(stored):
         raise ValueError(f"use_facts: these are no facts of fastft's: {type(error).__name__}: {error}") from error
     facts_in_force()  # first, as reading them may switch the products of bf16
     before, _used = _used, given
+    _tuning.by_rule = None
     with _library.use_bf16(given.bf16 or _tuning.BF16[0]) if _library.available() else contextlib.nullcontext():
         try:
             yield
         finally:
             _used = before
+            _tuning.by_rule = None
 
 
 # ---- what our kernels can take
@@ -132,6 +139,7 @@ _DTYPES = {
     "cuda": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
     "meta": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
 }
+DTYPES = _DTYPES["cuda"]  # those that any kernel takes
 
 
 def plain(*tensors):

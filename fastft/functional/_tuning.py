@@ -111,6 +111,10 @@ class Facts:
 
 NOTHING = Facts()
 
+# Whether every op's own rule chooses its kernels: "auto", and nothing was measured. None: _choice.table will tell. A
+# variable, because a call, of Python after an op that filled the caches, takes half a microsecond.
+by_rule = None
+
 
 def enabled():
     """Whether facts count at all: FASTFT_TUNE is not 0."""
@@ -228,6 +232,8 @@ def writable():
 
 def forget():
     """Reads the file again when next asked: it, the instruction set or the environment may have changed."""
+    global by_rule
+    by_rule = None
     for cached in (load, known, _read, _warn):
         cached.cache_clear()
 

@@ -5,7 +5,7 @@ import functools
 import torch
 
 from fastft import activations
-from fastft.functional import _arena, _autograd, _choice, _shadow
+from fastft.functional import _arena, _autograd, _choice, _shadow, _tuning
 
 
 def linear_act(input, weight, bias=None, activation="gelu"):
@@ -29,21 +29,24 @@ def linear_act(input, weight, bias=None, activation="gelu"):
         >>> linear_act(torch.ones(2, 3), torch.eye(3)).shape
         torch.Size([2, 3])
     """
-    slower = _slower_at_a_glance(input, weight, bias)
-    if slower:
-        try:
+    # What happens before PyTorch's op may take 3 us of a product of 100 us, of which a line of Python takes up to one
+    # where other ops have had the caches: hence a variable before any call, and the op's own checks.
+    try:
+        N, K = weight.shape
+        few = N < FEW or K < FEW or input.numel() < FEW * K
+        usual = few and weight.is_cpu and input.dtype in _choice.DTYPES
+        if usual and (bias is None or bias.shape == (N,)) and (_tuning.by_rule or _goes_by_rule(input, N)):
             return activations.torch_function(activation)(torch.nn.functional.linear(input, weight, bias))
-        except RuntimeError:
-            _check(input, weight, bias)
-            raise
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        _check(input, weight, bias)
+        raise
     name = activations.resolve(activation)
     if _is_plain(input, weight, bias):
         cast, why_not = None, _choice.unavailable()
     else:
         cast = _check(input, weight, bias)
         why_not = _choice.unsupported(input if cast is None else input.new_empty(0, dtype=cast), weight, bias)
-    if slower is None and why_not is None:
-        slower = _slower(input, weight, bias, cast)
+    slower = why_not is None and _slower(input, weight, bias, cast)
     if not _choice.runs("linear_act", why_not, slower):
         return reference(input, weight, bias, name)
     dtype = cast or input.dtype
@@ -98,23 +101,10 @@ def rounds_input(input, cast):
     return input.is_cpu and input.dtype == torch.float32 and cast == torch.bfloat16
 
 
-def _slower_at_a_glance(input, weight, bias):
-    """Whether PyTorch's kernel is the faster one, and itself makes the checks that a call on the CPU still needs then;
-    None where it takes a closer look.
-
-    What happens before PyTorch's op may take 3 us of a product of 100 us, and is in no cache by then: hence so little.
-    """
-    try:
-        N, K = weight.shape
-        elements = input.numel()
-        few = N < FEW or K < FEW or elements < FEW * K
-        usual = input.is_cpu and weight.is_cpu and _choice.backend() == "auto" and input.is_floating_point()
-        if not usual or (bias is not None and bias.shape != (N,)):
-            return None
-    except (AttributeError, ValueError):  # no tensors, or of other numbers of dimensions
-        return None
-    # What takes 40 us at most is over before it has been found out what was measured of it.
-    return few if (few and elements * N < 1 << 22) or not _choice.table("cpu") else None
+def _goes_by_rule(input, N):
+    """Whether PyTorch's runs of few rows, inputs or outputs: nothing was measured that could decide, or the product is
+    over, after 40 us at most, before that has been found out."""
+    return input.is_cpu and _choice.backend() == "auto" and (not _choice.table("cpu") or input.numel() * N < 1 << 22)
 
 
 def _is_plain(input, weight, bias):
