@@ -6,7 +6,8 @@ that are there already; "fastft" that of the whole op, its results new each time
 
 ``--grid`` measures the promise to be never slower instead: many sizes, the smallest among them, forward and
 forward+backward. A cell is slower than allowed above 1.03 x PyTorch's time, or above 10 us more where that is below
-100 us; one that seems so is measured again with five times the rounds, which decides.
+100 us; one that seems so is measured once more behind all the others, when whatever disturbed the machine may be over,
+with five times the rounds, which decides.
 
     python -m benchmarks.ops --op linear_act --shape 2048x --pass forward --pass "grad input" --pass "grad weight"
     python -m benchmarks.ops --isa all --shape 2048x384
@@ -30,8 +31,10 @@ from fastft.testing.timing import ROUNDS, BeatsPeak, Peaks
 SHOWN = ("forward", "train", "grad input", "grad weight")
 GRID_PASSES = ("forward", "train")
 GRID_ROUNDS, GRID_S = 15, 0.25  # of one cell, the fewer and the shorter of the two
-CELL = ("isa", "op", "sample", "path", "dtype")  # what tells rows apart
+COLUMNS = ("isa", "op", "sample", "path", "dtype")  # what tells rows apart
 AGAIN = 5  # times as many for a cell that fails
+
+Cell = tuple[OpSpec, int, torch.dtype, str]  # what :func:`measure` is to be called with
 
 
 def main() -> int:
@@ -56,7 +59,7 @@ def main() -> int:
                 failures.append(f"{_label(row)}: {error}")
             rows.append({**row.as_dict(), "isa": isa, "slower": row.slower, "shares": shares})
     limits = {isa: found.as_dict() for isa, found in peaks.items()}
-    report.publish("grid" if options.grid else "ops", rows, limits, options, add_by=CELL if options.add else ())
+    report.publish("grid" if options.grid else "ops", rows, limits, options, add_by=COLUMNS if options.add else ())
     for failure in failures:
         print(f"beats the peak: {failure}", file=sys.stderr)
     return 1 if failures else 0
@@ -96,22 +99,21 @@ def _table(specs: list[OpSpec], peaks: Peaks, options: argparse.Namespace) -> It
         yield row
 
 
-def _grid(specs: list[OpSpec], peaks: Peaks, options: argparse.Namespace) -> Iterator[Measurement]:
+def _grid(specs: list[OpSpec], peaks: Peaks, options: argparse.Namespace) -> list[Measurement]:
     gridded = [replace(spec, samples=spec.grid) for spec in specs if spec.grid]
-    for cell in _cells(gridded, options, GRID_PASSES):
-        for times in (1, AGAIN):
-            rounds, budget_s = times * min(options.rounds, GRID_ROUNDS), times * GRID_S
-            row = measure(*cell, device=options.device, rounds=rounds, peaks=peaks, budget_s=budget_s, op_only=True)
-            if not row.slower:
-                break
+
+    def measured(cell: Cell, times: int) -> Measurement:
+        rounds, budget_s = times * min(options.rounds, GRID_ROUNDS), times * GRID_S
+        row = measure(*cell, device=options.device, rounds=rounds, peaks=peaks, budget_s=budget_s, op_only=True)
         _print(row)
-        yield row
+        return row
+
+    first = [(cell, measured(cell, 1)) for cell in _cells(gridded, options, GRID_PASSES)]
+    return [measured(cell, AGAIN) if row.slower else row for cell, row in first]
 
 
-def _cells(
-    specs: list[OpSpec], options: argparse.Namespace, default: tuple[str, ...]
-) -> Iterator[tuple[OpSpec, int, torch.dtype, str]]:
-    """What :func:`measure` is to be called with, for all that the options select."""
+def _cells(specs: list[OpSpec], options: argparse.Namespace, default: tuple[str, ...]) -> Iterator[Cell]:
+    """All that the options select."""
     for spec in specs:
         for dtype in options.dtype or ("float32", "bfloat16"):
             for index, path in _cases(spec, options, default):
