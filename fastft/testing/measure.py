@@ -82,13 +82,16 @@ def measure(
     """
     sample = spec.sample(index, dtype, device)
     wanted = _wanted(spec, sample, path)
+    arguments, leaves = _leaves(spec, sample, wanted)
+    # One for all: where in memory it lies makes a difference of a tenth to some passes.
+    grad_output = torch.randn_like(spec.reference(**arguments)) if wanted else None
     runs = {
-        "fastft": _run(spec.op, spec, sample, wanted, path),
-        "torch": _run(spec.reference, spec, sample, wanted, path),
+        "fastft": _run(spec.op, arguments, leaves, grad_output, path),
+        "torch": _run(spec.reference, arguments, leaves, grad_output, path),
     }
     with KernelCalls() as ours:
         runs["fastft"]()
-    if not op_only and (alone := _alone(spec, sample, wanted, path)):
+    if not op_only and (alone := _alone(spec.op, arguments, leaves, grad_output, path)):
         runs["alone"] = alone
     times = compare(runs, rounds=rounds, peaks=peaks, device=device, budget_s=budget_s)
     flops, nbytes = _work(spec, sample, wanted, path, dtype.itemsize)
@@ -132,12 +135,15 @@ def _leaves(spec: OpSpec, sample: Sample, wanted: tuple[str, ...]) -> tuple[dict
     return arguments, [arguments[name] for name in wanted]
 
 
-def _run(function: Callable, spec: OpSpec, sample: Sample, wanted: tuple[str, ...], path: str) -> Callable[[], object]:
-    arguments, leaves = _leaves(spec, sample, wanted)
-    if not wanted:
+def _run(
+    function: Callable,
+    arguments: dict,
+    leaves: list[torch.Tensor],
+    grad_output: torch.Tensor | None,
+    path: str,
+) -> Callable[[], object]:
+    if not leaves:
         return torch.no_grad()(lambda: function(**arguments))
-    output = function(**arguments)
-    grad_output = torch.randn_like(output)
     if path == "train":
 
         def step():  # as in training: gradients are new, and the leaves' own
@@ -146,14 +152,15 @@ def _run(function: Callable, spec: OpSpec, sample: Sample, wanted: tuple[str, ..
                 leaf.grad = None
 
         return step
+    output = function(**arguments)
     return lambda: torch.autograd.grad(output, leaves, grad_output, retain_graph=True)
 
 
-def _alone(spec: OpSpec, sample: Sample, wanted: tuple[str, ...], path: str) -> Callable[[], object] | None:
+def _alone(op: Callable, *how) -> Callable[[], object] | None:
     """Our kernels of a pass, called again with the tensors of their first call; None where they cannot run."""
     with _choice.use_backend("fastft"):
         try:
-            run = _run(spec.op, spec, sample, wanted, path)
+            run = _run(op, *how)
             for _ in range(2):  # an op may go by what it has seen
                 run()
             with KernelCalls(keep_arguments=True) as kernels:
