@@ -30,7 +30,7 @@ from fastft.testing.timing import ROUNDS, BeatsPeak, Peaks
 
 SHOWN = ("forward", "train", "grad input", "grad weight")
 GRID_PASSES = ("forward", "train")
-GRID_ROUNDS, GRID_S = 15, 0.25  # of one cell, the fewer and the shorter of the two
+GRID_S = 0.5  # seconds of one cell, whose rounds are fewer if they take longer
 COLUMNS = ("isa", "op", "sample", "path", "dtype")  # what tells rows apart
 AGAIN = 5  # times as many for a cell that fails
 
@@ -103,7 +103,7 @@ def _grid(specs: list[OpSpec], peaks: Peaks, options: argparse.Namespace) -> lis
     gridded = [replace(spec, samples=spec.grid) for spec in specs if spec.grid]
 
     def measured(cell: Cell, times: int) -> Measurement:
-        rounds, budget_s = times * min(options.rounds, GRID_ROUNDS), times * GRID_S
+        rounds, budget_s = times * options.rounds, times * GRID_S
         row = measure(*cell, device=options.device, rounds=rounds, peaks=peaks, budget_s=budget_s, op_only=True)
         _print(row)
         return row
