@@ -468,7 +468,7 @@ int64_t tasks_of(GemmQuery q, int phase, double* work, int64_t capacity) {
       const auto [first_tile, last_tile, first_panel, last_panel] = part.range(task);
       const auto panels = double(last_panel - first_panel);
       work[task] = task_work(double(last_tile - first_tile), panels, plan.rows, plan.own_a) +
-                   (plan.own ? kPackWork * panels : 0);
+                   (plan.own && depth > 0 ? kPackWork * panels : 0);
     }
   return tasks;
 }

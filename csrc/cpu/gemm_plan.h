@@ -98,11 +98,13 @@ template <class T, class TB>
 constexpr bool kNarrows = sizeof(TB) * TileFor<T>::type::kPair > sizeof(typename TileFor<T>::type::Unit);
 
 // Whether a task that has all of C's rows would pack its panels of B itself (Plan::own). Transposing the weights of 256 rows so loses 1 to 6 % where a task
-// has few panels, whose lines then are fetched for others, too, and gains 1 to 18 with more; a bf16 step of 256 rows, of fp32 weights, loses 1.
+// has few panels, whose lines then are fetched for others, too, and gains 1 to 18 with more; a bf16 step of 256 rows, of fp32 weights, loses 1. Of so few
+// panels that they are the tasks, every thread must have as many; then whole lines of C are its own, and no phase of packing is waited for: 4 to 29 %.
 template <class Tile>
 bool packs_own(int64_t M, int64_t N, SourceOfB b, int threads) {
   const int64_t panels = ceil_div(N, kTileCols<Tile>);
-  if (M > kOwnRows || panels < 4 * threads) return false;
+  if (M > kOwnRows) return false;
+  if (panels < 4 * threads) return panels % threads == 0;
   return b.depth_major || M <= 128 || (!b.narrowed && panels >= 24 * threads);
 }
 
@@ -112,7 +114,7 @@ struct Plan {
   RowsOfA rows;
   Partition part;
   // With few rows packing B is dear: a task with all of them does so itself, block by block, in L1. Data gradients of 64 rows gain 17 to 23 %, of 256 up to
-  // 7, forwards of 64 to 128 that are not computed transposed 5 to 20, of 256 2 to 4. Not where there are too few panels for all threads.
+  // 7, forwards of 64 to 128 that are not computed transposed 5 to 20, of 256 2 to 4.
   bool own;
   bool own_a;    // a task that has all columns packs its rows of A, in L2: weight gradients of bf16 gain 1 to 3 %
   Packing b, a;  // tasks of packing, of B first; none of what is not packed
