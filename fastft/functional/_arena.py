@@ -39,7 +39,7 @@ def empty(shape, dtype, like, kind=ACTIVATION):
     count = math.prod(shape)
     size = count * dtype.itemsize
     if size < LEAST or not is_plain(like):
-        return like.new_empty(shape, dtype=dtype)
+        return like.new_empty(shape) if dtype is like.dtype else like.new_empty(shape, dtype=dtype)
     try:
         memory = _ARENAS[ACTIVATION if _together else kind].take(size)
     except OSError:

@@ -6,7 +6,11 @@ from torch.autograd import forward_ad
 
 def needs_grad(*tensors):
     """Whether autograd has to record an op of these tensors (None among them is skipped)."""
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def apply(function, *arguments):

@@ -46,7 +46,7 @@ def linear_act(input, weight, bias=None, activation="gelu"):
     else:
         cast = _check(input, weight, bias)
         why_not = _choice.unsupported(input if cast is None else input.new_empty(0, dtype=cast), weight, bias)
-    slower = why_not is None and _slower(input, weight, bias, cast)
+    slower = few if _tuning.by_rule and weight.is_cpu else why_not is None and _slower(input, weight, bias, cast)
     if not _choice.runs("linear_act", why_not, slower):
         return reference(input, weight, bias, name)
     dtype = cast or input.dtype
@@ -187,7 +187,7 @@ def backward(activation, preact, wanted, grad_output, input, weight, bias, add=N
         return _backward_around_torch(activation, preact, wanted, grads, rows, weight, bias, add, output, input.shape)
     grad_input = _arena.rows_like(rows) if wanted[0] else None
     grad_weight = _arena.empty_like(weight, kind=_arena.GRADIENT) if wanted[1] else None
-    grad_bias = bias.new_empty(N) if wanted[2] else None
+    grad_bias = torch.empty_like(bias, memory_format=torch.contiguous_format) if wanted[2] else None
     torch.ops.fastft.linear_act_backward(
         grad_input,
         grad_weight,
@@ -319,7 +319,10 @@ class _LinearAct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         *tensors, preact = ctx.saved_tensors
-        kernel = functools.partial(backward, ctx.activation, preact, _autograd.wanted(ctx, slice(3)))
+        wanted = _autograd.wanted(ctx, slice(3))
+        if _autograd.only_numbers(grad_output):
+            return *backward(ctx.activation, preact, wanted, grad_output, *tensors), None, None
+        kernel = functools.partial(backward, ctx.activation, preact, wanted)
 
         def composition(input, *parameters):
             return reference(input.to(ctx.dtype), *parameters, activations.NAMES[ctx.activation])
