@@ -3,9 +3,12 @@
 import functools
 
 import torch
+from torch.nn import functional as F
 
 from fastft import activations
 from fastft.functional import _arena, _autograd, _choice, _shadow, _tuning
+
+_DTYPES = _choice.DTYPES
 
 
 def linear_act(input, weight, bias=None, activation="gelu"):
@@ -29,14 +32,15 @@ def linear_act(input, weight, bias=None, activation="gelu"):
         >>> linear_act(torch.ones(2, 3), torch.eye(3)).shape
         torch.Size([2, 3])
     """
-    # What happens before PyTorch's op may take 3 us of a product of 100 us, of which a line of Python takes up to one
-    # where other ops have had the caches: hence a variable before any call, and the op's own checks.
+    # What happens before PyTorch's op may take 3 us of a product of 100 us, and where others have had the caches each
+    # look takes up to half a one: hence short names, a variable before any call, and the op's own checks.
     try:
         N, K = weight.shape
         few = N < FEW or K < FEW or input.numel() < FEW * K
-        usual = few and weight.is_cpu and input.dtype in _choice.DTYPES
-        if usual and (bias is None or bias.shape == (N,)) and (_tuning.by_rule or _goes_by_rule(input, N)):
-            return activations.torch_function(activation)(torch.nn.functional.linear(input, weight, bias))
+        usual = few and weight.is_cpu and input.dtype in _DTYPES and (bias is None or bias.shape == (N,))
+        if usual and (_tuning.by_rule or _goes_by_rule(input, N)):
+            output = F.linear(input, weight, bias)
+            return output if activation == "identity" else activations.torch_function(activation)(output)
     except (AttributeError, RuntimeError, TypeError, ValueError):
         _check(input, weight, bias)
         raise
@@ -66,7 +70,7 @@ def reference(input, weight, bias, activation):
     """The same in PyTorch's functions: fall-back, source of second derivatives and yardstick."""
     if weight.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
         weight, bias = weight.to(input.dtype), None if bias is None else bias.to(input.dtype)
-    return activations.torch_function(activation)(torch.nn.functional.linear(input, weight, bias))
+    return activations.torch_function(activation)(F.linear(input, weight, bias))
 
 
 def _check(input, weight, bias):
@@ -234,7 +238,7 @@ def _multiplied_by_torch(rows, dtype, train, N, K=None):
 def _forward_around_torch(rows, weight, bias, activation, dtype):
     """The output and the pre-activation, which is the same where the activation is the identity."""
     with torch.autocast(rows.device.type, enabled=False):
-        preact = torch.nn.functional.linear(rows, _shadow.low(weight, dtype), None if bias is None else bias.to(dtype))
+        preact = F.linear(rows, _shadow.low(weight, dtype), None if bias is None else bias.to(dtype))
     if not activation:
         return preact, preact
     output = torch.empty_like(preact)
