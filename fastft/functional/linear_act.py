@@ -50,6 +50,7 @@ def linear_act(input, weight, bias=None, activation="gelu"):
     else:
         cast = _check(input, weight, bias)
         why_not = _choice.unsupported(input if cast is None else input.new_empty(0, dtype=cast), weight, bias)
+    # On the CPU `few` is what the shipped rule would say, 2 us later.
     slower = few if _tuning.by_rule and weight.is_cpu else why_not is None and _slower(input, weight, bias, cast)
     if not _choice.runs("linear_act", why_not, slower):
         return reference(input, weight, bias, name)
@@ -191,7 +192,7 @@ def backward(activation, preact, wanted, grad_output, input, weight, bias, add=N
         return _backward_around_torch(activation, preact, wanted, grads, rows, weight, bias, add, output, input.shape)
     grad_input = _arena.rows_like(rows) if wanted[0] else None
     grad_weight = _arena.empty_like(weight, kind=_arena.GRADIENT) if wanted[1] else None
-    grad_bias = torch.empty_like(bias, memory_format=torch.contiguous_format) if wanted[2] else None
+    grad_bias = bias.new_empty(N) if wanted[2] else None
     torch.ops.fastft.linear_act_backward(
         grad_input,
         grad_weight,
@@ -323,10 +324,7 @@ class _LinearAct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         *tensors, preact = ctx.saved_tensors
-        wanted = _autograd.wanted(ctx, slice(3))
-        if _autograd.only_numbers(grad_output):
-            return *backward(ctx.activation, preact, wanted, grad_output, *tensors), None, None
-        kernel = functools.partial(backward, ctx.activation, preact, wanted)
+        kernel = functools.partial(backward, ctx.activation, preact, _autograd.wanted(ctx, slice(3)))
 
         def composition(input, *parameters):
             return reference(input.to(ctx.dtype), *parameters, activations.NAMES[ctx.activation])
