@@ -3,6 +3,7 @@
 import functools
 
 import torch
+from torch.nn import functional as F
 
 from fastft.functional import _autograd, _choice
 
@@ -42,24 +43,24 @@ def cross_entropy(input, target, weight=None, ignore_index=-100, reduction="mean
         >>> cross_entropy(torch.zeros(2, 4), torch.tensor([0, 3]))
         tensor(1.3863)
     """
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise RuntimeError(f"cross_entropy: label_smoothing is {label_smoothing}, must be in [0, 1]")
-    arguments = input, target, weight, ignore_index, reduction, label_smoothing
-    ours = False
     try:
-        # PyTorch checks what it gets: where it is faster, our checks are left to put its errors in our words.
-        if _choice.backend() != "auto" or not _slower(input):
-            if _is_plain(input, target, weight, reduction):
-                dtype, why_not = input.dtype, _choice.unavailable()
-            else:
-                classes, dtype = check(*arguments[:5])
-                why_not = _why_not(input, target, weight, classes)
-            ours = _choice.runs("cross_entropy", why_not)
-        return _run(*arguments, dtype) if ours else reference(*arguments)
-    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        # PyTorch checks what it gets: where it is faster, our checks are left to put its errors in our words. It is
+        # called without names, for what happens before it may take 3 us of 100.
+        if _choice.backend() == "auto" and _slower(input):
+            return F.cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
+        _check_smoothing(label_smoothing)
+        if _is_plain(input, target, weight, reduction):
+            dtype, why_not = input.dtype, _choice.unavailable()
+        else:
+            classes, dtype = check(input, target, weight, ignore_index, reduction)
+            why_not = _why_not(input, target, weight, classes)
+        arguments = input, target, weight, ignore_index, reduction, label_smoothing
+        return _run(*arguments, dtype) if _choice.runs("cross_entropy", why_not) else reference(*arguments)
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
         failure = error
     try:
-        classes, _ = check(*arguments[:5])
+        _check_smoothing(label_smoothing)
+        classes, _ = check(input, target, weight, ignore_index, reduction)
         raise_if_out_of_range(target, ignore_index, classes)
         raise failure
     finally:
@@ -68,7 +69,7 @@ def cross_entropy(input, target, weight=None, ignore_index=-100, reduction="mean
 
 def reference(input, target, weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0):
     """PyTorch's: fall-back, source of second derivatives and yardstick."""
-    return torch.nn.functional.cross_entropy(
+    return F.cross_entropy(
         input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
     )
 
@@ -88,6 +89,11 @@ def _is_plain(input, target, weight, reduction):
         and reduction in _REDUCTIONS
         and not torch.is_autocast_enabled("cpu")
     )
+
+
+def _check_smoothing(label_smoothing):
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise RuntimeError(f"cross_entropy: label_smoothing is {label_smoothing}, must be in [0, 1]")
 
 
 def check(input, target, weight, ignore_index, reduction):
@@ -156,16 +162,16 @@ def _why_not(input, target, weight, classes):
 def _slower(input):
     """The shipped rule: where PyTorch is done before an autograd.Function and our checks have cost their 30 us (5 us
     without a gradient); and float64, whose exponentials are the C library's, one after the other."""
-    if not isinstance(input, torch.Tensor) or not input.is_cpu:
+    if not input.is_cpu:
         return False
-    size, dtype = input.numel(), input.dtype
-    if size < 2048 or dtype == torch.float64:
-        return True
+    size, shape = input.numel(), input.shape
     if not (input.requires_grad and torch.is_grad_enabled()):
         size *= 2
-    if input.dim() == 2 and (classes := input.shape[1]) <= 24:  # PyTorch's time goes with the rows
-        return size < (6144 if dtype == torch.float32 else 2048) * classes
-    return size < 150_000
+    if len(shape) == 2 and (classes := shape[1]) <= 24:  # PyTorch's time goes with the rows
+        few = size < 2048 * classes or (size < 6144 * classes and input.dtype == torch.float32)
+    else:
+        few = size < 150_000
+    return few or input.dtype == torch.float64
 
 
 def raise_if_out_of_range(target, ignore_index, classes):
