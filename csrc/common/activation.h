@@ -17,7 +17,7 @@ namespace FASTFT_NAMESPACE {
   X(Elu,       z > 0 ? z : expm1(z),              z > 0 ? constant<F>(1) : exp(z))                                 \
   X(Sigmoid,   sigmoid(z),                        sigmoid_slope(z))                                                \
   X(Tanh,      tanh(z),                           4 * sigmoid_slope(2 * z))                                        \
-  X(Gelu,      z * gelu_weight<kRough>(z),        gelu_slope<kRough>(z))                                           \
+  X(Gelu,      gelu<kRough>(z),                   gelu_slope<kRough>(z))                                           \
   X(GeluTanh,  z * sigmoid(cubic(z)),             sigmoid(cubic(z)) + bounded(z) * cubic_sigmoid_slope(z))         \
   X(QuickGelu, z * sigmoid(steep(z)),             sigmoid(steep(z)) + bounded(steep(z)) * sigmoid_slope(steep(z))) \
   X(Silu,      z * sigmoid(z),                    sigmoid(z) + bounded(z) * sigmoid_slope(z))                      \
@@ -41,8 +41,8 @@ FASTFT_INLINE F bounded(F z) {
 // gelu(z) = z Phi(z), with the derivative Phi(z) + z phi(z); a lookup in registers stands in for both where there is one
 // (cpu/gelu_lookup.h). Hendrycks & Gimpel 2016, arXiv:1606.08415
 template <bool kRough, class F>
-FASTFT_INLINE F gelu_weight(F z) {
-  return normal(z).cdf;
+FASTFT_INLINE F gelu(F z) {
+  return z * normal(z).cdf;
 }
 template <bool kRough, class F>
 FASTFT_INLINE F gelu_slope(F z) {

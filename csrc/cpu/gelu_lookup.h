@@ -125,8 +125,12 @@ alignas(64) constexpr float kGeluSlopeTailRough[5][16] = {
 };
 #endif
 
+// T(|z|), and |z| as far as it matters to it.
+struct Tail {
+  Vec<float> value, at;
+};
 template <int kTerms, int kSteps>
-FASTFT_INLINE Vec<float> from_tail(const float (&table)[kTerms][kSteps], Vec<float> z) {
+FASTFT_INLINE Tail tail_of(const float (&table)[kTerms][kSteps], Vec<float> z) {
   constexpr float last = kSteps - 1;
   const Vec<float> steps = kSteps == 16 ? abs(z) + abs(z) : abs(z), t = at_most(steps, last);
   const Vec<float> shifted = t + 8388608.f;  // 2^23 leaves n in the low bits, of which a lookup takes what it needs
@@ -135,6 +139,18 @@ FASTFT_INLINE Vec<float> from_tail(const float (&table)[kTerms][kSteps], Vec<flo
   Vec<float> tail = coefficient(kTerms - 1);
 #pragma GCC unroll 8
   for (int power = kTerms - 2; power >= 0; --power) tail = tail * d + coefficient(power);
+  return {tail, t};
+}
+
+// z Phi(z) = max(z, 0) - |z| T(|z|)
+template <int kTerms, int kSteps>
+FASTFT_INLINE Vec<float> gelu_by(const float (&table)[kTerms][kSteps], Vec<float> z) {
+  const auto [tail, at] = tail_of(table, z);
+  return (z > 0.f ? z : 0.f) - tail * (kSteps == 16 ? 0.5f * at : at);
+}
+template <int kTerms, int kSteps>
+FASTFT_INLINE Vec<float> slope_by(const float (&table)[kTerms][kSteps], Vec<float> z) {
+  const Vec<float> tail = tail_of(table, z).value;
   return z > 0.f ? 1.f - tail : tail;
 }
 
@@ -142,20 +158,20 @@ FASTFT_INLINE Vec<float> from_tail(const float (&table)[kTerms][kSteps], Vec<flo
 static constexpr auto &kNormalTailRough = kNormalTail, &kGeluSlopeTailRough = kGeluSlopeTail;
 #endif
 template <>
-FASTFT_INLINE Vec<float> gelu_weight<false>(Vec<float> z) {
-  return from_tail(kNormalTail, z);
+FASTFT_INLINE Vec<float> gelu<false>(Vec<float> z) {
+  return gelu_by(kNormalTail, z);
 }
 template <>
-FASTFT_INLINE Vec<float> gelu_weight<true>(Vec<float> z) {
-  return from_tail(kNormalTailRough, z);
+FASTFT_INLINE Vec<float> gelu<true>(Vec<float> z) {
+  return gelu_by(kNormalTailRough, z);
 }
 template <>
 FASTFT_INLINE Vec<float> gelu_slope<false>(Vec<float> z) {
-  return from_tail(kGeluSlopeTail, z);
+  return slope_by(kGeluSlopeTail, z);
 }
 template <>
 FASTFT_INLINE Vec<float> gelu_slope<true>(Vec<float> z) {
-  return from_tail(kGeluSlopeTailRough, z);
+  return slope_by(kGeluSlopeTailRough, z);
 }
 
 }  // namespace FASTFT_NAMESPACE

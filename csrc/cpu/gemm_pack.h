@@ -83,7 +83,8 @@ inline Vec<typename Tile::Unit> interleave_units(const T* in, int64_t stride, bo
   }
 }
 
-constexpr int kRunDepth = 8;  // steps of depth that one panel gets at a time
+// Steps of depth that one panel gets at a time. The next ones are asked for: AVX2's weight gradients gain 0.5 to 2 %; AVX-512 packs little, and gains nothing.
+constexpr int kRunDepth = 8;
 
 // Depth-major: panels [first, last) of kWidth of the `outer` columns each, so many that rows are read in long runs. Columns past the last are zeros;
 // between kWidth and kStride is anything.
@@ -100,8 +101,11 @@ void pack_panels(typename Tile::Unit* out, int64_t panel_size, Operand<T> b, int
         const auto steps = [&](auto past_caches, const auto& units) {
           typename Tile::Unit* o = out + panel * panel_size + begin * kStride + j;
           const T* in = b.data + begin * P * b.stride + col;
-          for (int64_t p = begin; p < end; ++p, o += kStride, in += P * b.stride)
+          for (int64_t p = begin; p < end; ++p, o += kStride, in += P * b.stride) {
+            if constexpr (kSmallTiles)
+              if (past_caches) __builtin_prefetch(in + kRunDepth * P * b.stride);
             put_register(o, units(in, P * p + 1 < K), past_caches);
+          }
         };
         const auto whole = [&](const T* in, bool) { return interleave_units<Tile>(in, b.stride, true); };
         if (left >= L && P * end <= K)

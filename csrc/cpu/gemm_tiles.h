@@ -19,6 +19,7 @@ constexpr int kTileRows = 14, kTileVecs = 2;  // 28 accumulators + 2 for B + 1 b
 #else
 constexpr int kTileRows = 6, kTileVecs = 2;  // 12 + 2 + 1 = 15 of 16
 #endif
+constexpr bool kSmallTiles = kTileRows < 14;  // a tile's operands come sooner than with 32 registers
 // Steps of depth that a depth-major operand in place is fetched ahead, from L2 into L1: its rows lie too far apart for the CPU's own prefetcher, and what is
 // fetched sooner may be gone, since they may share L1's sets.
 constexpr int kAhead = 2;
@@ -112,7 +113,7 @@ struct PanelInPlace {
 };
 
 // Steps of depth from one line that a tile asks for to the next: of what comes sooner than memory gives it, the CPU drops a part.
-constexpr int kFetchEvery = kTileRows > 8 ? 1 : 4;
+constexpr int kFetchEvery = kSmallTiles ? 4 : 1;
 struct Fetch {
   const char* line = nullptr;
   int64_t stride = 0;  // bytes
