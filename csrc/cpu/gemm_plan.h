@@ -6,24 +6,33 @@ namespace FASTFT_NAMESPACE {
 
 constexpr int64_t kPackDepth = 128, kPackPanels = 16;  // a task of packing B reads runs of 16 panels' width
 constexpr int64_t kBlockTiles = 8, kBlockCols = 768;   // C of a task: at most 8 x 14 x 768 x 4 B = 344 KB of L2
-constexpr int kTasksPerThread = 8;                     // more are not needed for an even load
-constexpr int64_t kPieces = 8, kPiecePanels = 3;       // of each of the last blocks at most; of a piece at least
-constexpr int64_t kOwnRows = 400;                      // of C: a task that has all of them packs its panels of B itself
+constexpr int64_t kPackedTiles =
+    kSmallTiles ? 16 : 8;                         // of a task whose A is packed: AVX2's weight gradients gain 0.5 %
+constexpr int kTasksPerThread = 8;                // more are not needed for an even load
+constexpr int64_t kPieces = 8, kPiecePanels = 3;  // of each of the last blocks at most; of a piece at least
+constexpr int64_t kOwnRows = 400;                 // of C: a task that has all of them packs its panels of B itself
 
 // Which depth-major operands tiles take from where they lie, in place of packing them.
 struct InPlace {
   bool a, b;
 };
 
-// Work of a task in tiles over the whole depth. Copying a tile of A costs about a third of a panel's work (2 of 64 elements against kTileCols), packing one
-// half of it, fetching a packed one less. Loading a panel of B costs about a sixth of a tile's.
-inline double task_work(double tiles, double panels, RowsOfA a, bool alone) {
-  const double of_a = a == RowsOfA::kCopied ? 0.3 : a == RowsOfA::kPacked && alone ? 0.5 : 0.1;
-  return tiles * panels + of_a * tiles + 0.15 * panels;
-}
+// Work beside multiplying: of a tile's rows of A, in panels, and of a panel of B, in tiles. A small tile is done sooner, its
+// operands are not. Copying rows costs less than packing them, fetching packed ones least.
+struct Beside {
+  double copied, packed_by_task, packed, of_b;
+  double packs_a;  // all of a tile, before any task
+};
+constexpr Beside kBeside = kSmallTiles ? Beside{0.6, 2, 0.4, 0.35, 3.2} : Beside{0.3, 0.5, 0.1, 0.15, 0.8};
+constexpr double kPackWork = 2;  // of a panel of B, in tiles: 0.5 from L2, 2.5 from memory (Zen 4)
 
-constexpr double kPackWork = 2;     // of a panel over the whole depth: 0.5 tiles' time from L2, 2.5 from memory (Zen 4)
-constexpr double kPackAWork = 0.8;  // of a tile of A, likewise, in panels
+// Work of a task in tiles over the whole depth.
+inline double task_work(double tiles, double panels, RowsOfA a, bool alone) {
+  const double of_a = a == RowsOfA::kCopied            ? kBeside.copied
+                      : a == RowsOfA::kPacked && alone ? kBeside.packed_by_task
+                                                       : kBeside.packed;
+  return tiles * panels + of_a * tiles + kBeside.of_b * panels;
+}
 
 struct Chunk {  // panels [first, last), units [from, to) of depth
   int64_t first, last, from, to;
@@ -60,13 +69,13 @@ inline bool packs_own_a(RowsOfA a, const Partition& part) { return a == RowsOfA:
 
 inline Partition partition(int64_t M, int64_t N, int tile_rows, int tile_cols, RowsOfA a, int threads) {
   Partition best{ceil_div(M, tile_rows), ceil_div(N, tile_cols), 1, 1}, tried = best;
-  const int64_t least_rows = ceil_div(best.tiles, kBlockTiles),
+  const int64_t least_rows = ceil_div(best.tiles, a == RowsOfA::kPacked ? kPackedTiles : kBlockTiles),
                 least_cols = ceil_div(best.panels, kBlockCols / tile_cols);
   double best_time = 1e300;
   for (tried.col_blocks = least_cols; tried.col_blocks <= best.panels; ++tried.col_blocks) {
     const bool alone = tried.col_blocks == 1;
     const auto panels = double(best.panels) / double(tried.col_blocks), most_panels = double(tried.block_panels());
-    const double before = a == RowsOfA::kPacked && !alone ? kPackAWork * double(best.tiles) / threads : 0;
+    const double before = a == RowsOfA::kPacked && !alone ? kBeside.packs_a * double(best.tiles) / threads : 0;
     // Only as many tasks as just fill one more round of all threads: the others in between are not worth the time of asking, which all threads wait for.
     int64_t rounds = ceil_div(least_rows * tried.col_blocks, threads);
     const int64_t most_rounds = rounds + 3 > kTasksPerThread ? rounds + 3 : kTasksPerThread;
