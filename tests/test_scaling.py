@@ -37,7 +37,7 @@ def test_the_parts_are_the_whole_whatever_the_number_of_threads(each_isa, dtype)
         computed = {threads: sum(work) - (0 if packing else once) for threads, (packing, work) in of.items()}
         for threads, (_, work) in of.items():
             assert min(work) > 0 and computed[1] <= computed[threads] * 1.000001
-            assert computed[threads] < 1.5 * computed[1] + 1
+            assert computed[threads] < 2 * computed[1]  # copies for a task of one tile take less than the tile
 
 
 @pytest.mark.parametrize("path", scaling.PASSES)
