@@ -9,7 +9,8 @@
 //   columns' sums made while dz is packed for dw, 0.87 to 1.005 (a pass of its own hides act' behind memory); it made beside the tiles of dw,
 //   each as soon as its rows are there, 0.97 to 1.01; db by the
 //   tasks of dw, 1 in fp32 and 0.98 in bf16; x of a bf16 dw from where it lies, its rows interleaved in registers by each
-//   tile, 0.98 to 1.02; sums of 256 units of depth in place of 192, 1.
+//   tile, 0.98 to 1.02; sums of 256 units of depth in place of 192, 1; dy and z asked for ahead in the pass that makes dz, 12 %
+//   of it and 0.1 of the product.
 // Products accumulate in fp32 (fp64 for fp64) and are rounded once, at the store; dz is rounded to T, as PyTorch's is.
 #include <type_traits>
 
