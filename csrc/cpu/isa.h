@@ -55,10 +55,11 @@ FASTFT_INLINE Vec<float> times_two_to(Vec<float> x, Vec<float> n) {
 inline Vec<float> lookup(const float* table, Vec<uint32_t> index) {
   return (Vec<float>)_mm512_permutexvar_ps((__m512i)index, _mm512_load_ps(table));
 }
-// The smaller one, x if that is NaN. Beside a constant, GCC 12 makes a comparison and a copy of x > limit ? limit : x.
+// The smaller one, or the larger, x if that is NaN. Beside a constant, GCC 12 makes a comparison and a copy of x > limit ? limit : x.
 inline Vec<float> at_most(Vec<float> x, float limit) {
   return (Vec<float>)_mm512_min_ps(_mm512_set1_ps(limit), (__m512)x);
 }
+inline Vec<float> at_least_0(Vec<float> x) { return (Vec<float>)_mm512_max_ps(_mm512_setzero_ps(), (__m512)x); }
 
 // 2^(j / 16)
 alignas(64) constexpr float kSixteenths[16] = {
@@ -94,6 +95,7 @@ inline Vec<float> lookup(const float* table, Vec<uint32_t> index) {  // of 8
 inline Vec<float> at_most(Vec<float> x, float limit) {
   return (Vec<float>)_mm256_min_ps(_mm256_set1_ps(limit), (__m256)x);
 }
+inline Vec<float> at_least_0(Vec<float> x) { return (Vec<float>)_mm256_max_ps(_mm256_setzero_ps(), (__m256)x); }
 #endif
 
 // The products of the lower halves of x's lanes with a factor: philox.h's.
