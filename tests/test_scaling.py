@@ -37,7 +37,9 @@ def test_the_parts_are_the_whole_whatever_the_number_of_threads(each_isa, dtype)
         computed = {threads: sum(work) - (0 if packing else once) for threads, (packing, work) in of.items()}
         for threads, (_, work) in of.items():
             assert min(work) > 0 and computed[1] <= computed[threads] * 1.000001
-            assert computed[threads] < 2 * computed[1]  # copies for a task of one tile take less than the tile
+            # What a task of one tile copies takes less than half of a large tile, and than a small one.
+            large = each_isa.startswith("avx512")
+            assert computed[threads] < (1.5 * computed[1] + 1 if large else 2 * computed[1])
 
 
 @pytest.mark.parametrize("path", scaling.PASSES)

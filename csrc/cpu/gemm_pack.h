@@ -102,8 +102,7 @@ void pack_panels(typename Tile::Unit* out, int64_t panel_size, Operand<T> b, int
           typename Tile::Unit* o = out + panel * panel_size + begin * kStride + j;
           const T* in = b.data + begin * P * b.stride + col;
           for (int64_t p = begin; p < end; ++p, o += kStride, in += P * b.stride) {
-            if constexpr (kSmallTiles)
-              if (past_caches) __builtin_prefetch(in + kRunDepth * P * b.stride);
+            if (kSmallTiles && past_caches) __builtin_prefetch(in + kRunDepth * P * b.stride);
             put_register(o, units(in, P * p + 1 < K), past_caches);
           }
         };

@@ -19,7 +19,7 @@ constexpr int kTileRows = 14, kTileVecs = 2;  // 28 accumulators + 2 for B + 1 b
 #else
 constexpr int kTileRows = 6, kTileVecs = 2;  // 12 + 2 + 1 = 15 of 16
 #endif
-constexpr bool kSmallTiles = kTileRows < 14;  // of 16 registers: what it loads weighs more beside its multiplications
+constexpr bool kSmallTiles = kVectorRegisters < 32;  // what it loads weighs more beside its multiplications
 // Steps of depth that a depth-major operand in place is fetched ahead, from L2 into L1: its rows lie too far apart for the CPU's own prefetcher, and what is
 // fetched sooner may be gone, since they may share L1's sets.
 constexpr int kAhead = 2;

@@ -43,24 +43,22 @@ def cross_entropy(input, target, weight=None, ignore_index=-100, reduction="mean
         >>> cross_entropy(torch.zeros(2, 4), torch.tensor([0, 3]))
         tensor(1.3863)
     """
+    arguments = input, target, weight, ignore_index, reduction, label_smoothing
     try:
         # PyTorch checks what it gets: where it is faster, our checks are left to put its errors in our words. It is
         # called without names, for what happens before it may take 3 us of 100.
         if _choice.backend() == "auto" and _slower(input):
             return F.cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
-        _check_smoothing(label_smoothing)
-        if _is_plain(input, target, weight, reduction):
+        if _is_plain(input, target, weight, reduction, label_smoothing):
             dtype, why_not = input.dtype, _choice.unavailable()
         else:
-            classes, dtype = check(input, target, weight, ignore_index, reduction)
+            classes, dtype = check(*arguments)
             why_not = _why_not(input, target, weight, classes)
-        arguments = input, target, weight, ignore_index, reduction, label_smoothing
         return _run(*arguments, dtype) if _choice.runs("cross_entropy", why_not) else reference(*arguments)
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
         failure = error
     try:
-        _check_smoothing(label_smoothing)
-        classes, _ = check(input, target, weight, ignore_index, reduction)
+        classes, _ = check(*arguments)
         raise_if_out_of_range(target, ignore_index, classes)
         raise failure
     finally:
@@ -74,7 +72,7 @@ def reference(input, target, weight=None, ignore_index=-100, reduction="mean", l
     )
 
 
-def _is_plain(input, target, weight, reduction):
+def _is_plain(input, target, weight, reduction, label_smoothing):
     """Whether this is a usual call on the CPU, in which there is nothing to complain of: a third of :func:`check`."""
     return (
         weight is None
@@ -87,17 +85,20 @@ def _is_plain(input, target, weight, reduction):
         and target.shape == input.shape[:1]
         and input.shape[1] > 0
         and reduction in _REDUCTIONS
+        and 0.0 <= label_smoothing <= 1.0
         and not torch.is_autocast_enabled("cpu")
     )
 
 
-def _check_smoothing(label_smoothing):
+def check_smoothing(label_smoothing, op="cross_entropy"):
+    """Raises for what is no part of a target, in the name of a public function."""
     if not 0.0 <= label_smoothing <= 1.0:
-        raise RuntimeError(f"cross_entropy: label_smoothing is {label_smoothing}, must be in [0, 1]")
+        raise RuntimeError(f"{op}: label_smoothing is {label_smoothing}, must be in [0, 1]")
 
 
-def check(input, target, weight, ignore_index, reduction):
+def check(input, target, weight, ignore_index, reduction, label_smoothing=0.0):
     """Raises, by PyTorch's types, for what a user can get wrong; returns the number of classes and the loss's dtype."""
+    check_smoothing(label_smoothing)
     for name, tensor in (("input", input), ("target", target), ("weight", weight)):
         if not isinstance(tensor, torch.Tensor) and not (tensor is None and name == "weight"):
             raise TypeError(f"cross_entropy: {name} must be a tensor, got {type(tensor).__name__}")

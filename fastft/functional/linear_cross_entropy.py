@@ -8,8 +8,8 @@ import torch
 from fastft.functional import _autograd, _choice
 from fastft.functional.cross_entropy import backward as loss_backward
 from fastft.functional.cross_entropy import check as check_loss
+from fastft.functional.cross_entropy import check_smoothing, raise_if_out_of_range
 from fastft.functional.cross_entropy import forward as loss_forward
-from fastft.functional.cross_entropy import raise_if_out_of_range
 from fastft.functional.linear_act import backward as linear_backward
 from fastft.functional.linear_act import forward as linear_forward
 from fastft.functional.linear_act import rounds_input
@@ -102,8 +102,7 @@ def _check(input, linear_weight, target, linear_bias, weight, ignore_index, redu
     for name in ("linear_weight", "linear_bias"):
         if tensors[name] is not None and tensors[name].dtype != input.dtype and cast is None:
             raise ValueError(f"{op}: {name} is {tensors[name].dtype}, input {input.dtype}")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise RuntimeError(f"{op}: label_smoothing is {label_smoothing}, must be in [0, 1]")
+    check_smoothing(label_smoothing, op)
     if input.dim() == 2:  # what is wrong with the rest is cross_entropy's to say, of logits without numbers
         logits = torch.empty(
             (len(input), len(linear_weight)), dtype=torch.float32 if cast else input.dtype, device="meta"
